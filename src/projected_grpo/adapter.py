@@ -1,0 +1,262 @@
+"""The `delta_S` adapter: a PEFT tuner that steers the spectrum of a frozen linear layer and nothing else.
+
+    y = x Wᵀ + b + ((x Vhᵀ) ∘ δ) Uᵀ,  so the effective weight is W + U diag(δ) Vh,  W = U diag(S) Vh.
+
+δ (`delta_s`, shape (r,), r = min(d_out, d_in)) is zero at the start: the adapted model is the base model bit for bit,
+and so it is again under `disable_adapter()` after training, which gives the KL term its reference policy for free.
+    dL/dδᵢ = Σ_tokens (Uᵀ dL/dy)ᵢ (Vh x)ᵢ
+The singular vectors stay as they are and only the spectrum moves, as in AntiPaSTO; PiSSA (arXiv:2404.02948) trains the
+vectors instead. This forward is the plain one, two extra matmuls in float32, and is the reference for faster ones.
+
+Left out on purpose: dropout, trained biases, Conv1D and quantised layers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.peft_types import PeftType
+from torch import Tensor, nn
+
+from projected_grpo.peft_registration import register
+from projected_grpo.svd import (
+    FINGERPRINT_BYTES,
+    fingerprint_mismatch,
+    pack_fingerprint,
+    probe_factors,
+    svd_factors,
+)
+
+PEFT_NAME = "DELTA_S"
+
+
+@dataclass
+class DeltaSConfig(PeftConfig):
+    """Which linear layers get a `delta_s`. The defaults are the method's: all of them but the LM head."""
+
+    target_modules: list[str] | str | None = field(
+        default="all-linear",
+        metadata={"help": "Names, a regular expression, or 'all-linear' (every linear layer but the LM head)."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: only delta_s is trained. Must stay None."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_NAME)
+        if self.modules_to_save:
+            raise ValueError(
+                f"modules_to_save={self.modules_to_save} is not supported by DeltaSConfig: delta_s is the only trained "
+                "parameter; leave modules_to_save out."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+
+
+class DeltaSLinear(nn.Module, BaseTunerLayer):
+    """A frozen `nn.Linear` with one `delta_s` per adapter over one shared pair of factors `u`, `vh`."""
+
+    adapter_layer_names = ("delta_s",)
+    other_param_names = ("delta_s_fingerprint",)
+
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: DeltaSConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.delta_s = nn.ParameterDict()
+        self.delta_s_fingerprint = BufferDict({}, persistent=True)
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._unmerged_weight: Tensor | None = None
+        self.recorder: RowGradRecorder | None = None
+        factors = svd_factors(base_layer.weight)
+        dtype, device = torch.promote_types(base_layer.weight.dtype, torch.float32), base_layer.weight.device
+        self.register_buffer("u", factors.u.to(device, dtype), persistent=False)
+        self.register_buffer("vh", factors.vh.to(device, dtype), persistent=False)
+        self.fingerprint = pack_fingerprint(factors.weight_hash, probe_factors(factors.u, factors.vh))
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: DeltaSConfig) -> None:
+        """Add the adapter `adapter_name` with δ = 0, in float32 (float64 over a float64 weight)."""
+        self.delta_s[adapter_name] = nn.Parameter(
+            torch.zeros(self.u.shape[1], dtype=self.u.dtype, device=self.u.device)
+        )
+        self.delta_s_fingerprint[adapter_name] = self.fingerprint.clone()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delta_s_sum(self, adapter_names: list[str]) -> Float[Tensor, " r"]:
+        return torch.stack([self.delta_s[name] for name in adapter_names]).sum(0)
+
+    def get_delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
+        """U diag(δ) Vh in the factors' precision."""
+        return (self.u * self.delta_s[adapter]) @ self.vh
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + U diag(δ) Vh in W's place. W itself is kept, so that `unmerge` is exact, at one more copy of W."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.delta_s]
+        for name in names:
+            weight = self.base_layer.weight
+            merged = (weight.data + self.get_delta_weight(name).detach()).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging adapter {name} gives NaN or infinity; its delta_s is broken")
+            if self._unmerged_weight is None:
+                self._unmerged_weight = weight.data
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the kept W back."""
+        if self._unmerged_weight is not None:
+            self.base_layer.weight.data = self._unmerged_weight.to(self.base_layer.weight.device)
+            self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.delta_s]
+        if self.disable_adapters or self.merged or not active:
+            return result
+        # Outside autocast, in the factors' precision: δ is small beside S, and bfloat16 would round much of it away.
+        with torch.autocast(x.device.type, enabled=False):
+            delta = self.delta_s_sum(active)
+            if self.recorder is not None and torch.is_grad_enabled() and delta.requires_grad:
+                delta = self.recorder.expand(self, delta, x)
+            steered = F.linear(F.linear(x.to(self.vh.dtype), self.vh) * delta, self.u)
+        return result + steered.to(result.dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(bfloat16)` moves the base weight; δ and its coordinates stay as precise as they are.
+        precise = {name: self._buffers[name] for name in ("u", "vh")}
+        deltas = {name: parameter.data for name, parameter in self.delta_s.items()}
+        super()._apply(fn, recurse)
+        for name, before in precise.items():
+            if self._buffers[name].dtype != before.dtype:
+                self._buffers[name] = before.to(self._buffers[name].device)
+        for name, before in deltas.items():
+            if self.delta_s[name].dtype != before.dtype:
+                self.delta_s[name].data = before.to(self.delta_s[name].device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in self.delta_s_fingerprint:
+            saved = state_dict.get(f"{prefix}delta_s_fingerprint.{name}")
+            if saved is None:
+                continue
+            why = (
+                fingerprint_mismatch(saved, self.fingerprint)
+                if saved.shape == (FINGERPRINT_BYTES,)
+                else f"its fingerprint has shape {tuple(saved.shape)}"
+            )
+            if why is not None:
+                raise ValueError(
+                    f"adapter {name!r} does not fit module {prefix.removesuffix('.')}: {why}; load it over the model "
+                    "and dtype that it was trained on"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return "delta_s." + super().__repr__()
+
+
+class DeltaSModel(BaseTuner):
+    """The tuner: swaps the targeted `nn.Linear` modules of a model for `DeltaSLinear`."""
+
+    prefix = "delta_s"
+    tuner_layer_cls = DeltaSLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
+        output = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if target is output or (isinstance(target, DeltaSLinear) and target.base_layer is output):
+            raise ValueError(
+                f"target module {current_key} is the LM head, which delta_s leaves alone (its log-probabilities are "
+                "computed from the head's weight directly); take it out of target_modules"
+            )
+        if isinstance(target, DeltaSLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if type(target) is not nn.Linear:
+            raise ValueError(
+                f"target module {current_key} is a {type(target).__name__}; delta_s supports nn.Linear only, so name "
+                "other target_modules or exclude it"
+            )
+        module = DeltaSLinear(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            module.requires_grad_(False)
+        self._replace_module(parent, target_name, module, target)
+
+
+register(PEFT_NAME, DeltaSConfig, DeltaSModel)
+
+
+def delta_s_modules(model: nn.Module) -> dict[str, DeltaSLinear]:
+    """The adapted modules by the name that they have in the base model, in the model's own order."""
+    return {
+        name.removeprefix("module.").removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, DeltaSLinear)
+    }
+
+
+def delta_s_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained δ of each adapted module: that of its one active adapter.
+
+    Raises:
+        ValueError: the model has no `delta_s`, or several adapters are active at once.
+    """
+    modules = delta_s_modules(model)
+    if not modules:
+        raise ValueError("the model has no delta_s adapter; wrap it with get_peft_model(model, DeltaSConfig()) first")
+    parameters = {}
+    for name, module in modules.items():
+        active = [adapter for adapter in module.active_adapters if adapter in module.delta_s]
+        if len(active) != 1:
+            raise ValueError(f"module {name} has {len(active)} active delta_s adapters, but the method trains one")
+        parameters[name] = module.delta_s[active[0]]
+    return parameters
+
+
+class RowGradRecorder:
+    """Per-row gradients of δ out of one ordinary backward pass.
+
+    Rows of a batch do not mix inside a linear layer, so expanding δ to one copy per row, (B, 1, r), makes autograd
+    return ∂L/∂δ row by row, (B, r), on its way to the sum that it would have computed anyway. `on_grad` receives
+    (module, row_grads) for every backward through a module, several times per step under gradient accumulation.
+    """
+
+    def __init__(self, on_grad) -> None:
+        self.on_grad = on_grad
+
+    def expand(self, module: DeltaSLinear, delta: Float[Tensor, " r"], x: Tensor) -> Float[Tensor, "B 1 r"]:
+        if x.ndim != 3:
+            raise ValueError(f"per-row gradients need inputs of shape (rows, tokens, features), got {tuple(x.shape)}")
+        rows = delta.expand(x.shape[0], 1, -1)
+        rows.register_hook(lambda grad: self.on_grad(module, grad.squeeze(1).detach()))
+        return rows
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator["RowGradRecorder"]:
+        """Record every forward and backward inside the block, then leave the model as it was."""
+        modules = delta_s_modules(model).values()
+        for module in modules:
+            module.recorder = self
+        try:
+            yield self
+        finally:
+            for module in modules:
+                module.recorder = None

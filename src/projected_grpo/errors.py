@@ -1,0 +1,14 @@
+"""The two ways in which a run ends badly, told apart by their exit codes.
+
+`InputError` is the user's to mend: bad arguments, bad files. The command line prints its one line and exits 2.
+`RunFault` is ours or the machine's: a NaN loss, a grader that failed. It stops the run with what caused it on disk,
+and exits 1. Everything else is a bug and keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: the thing, what is wrong with it, and the fix."""
+
+
+class RunFault(RuntimeError):
+    """A run cannot go on and its result cannot be trusted; the message says where the evidence was saved."""

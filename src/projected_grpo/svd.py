@@ -1,0 +1,146 @@
+"""Thin SVD of a frozen weight, W = U diag(S) Vh, computed once and kept on disk.
+
+`delta_s` and every basis over it mean something only in the coordinates of one decomposition. A second, equally
+correct decomposition of the same weight may flip the sign of a singular vector or rotate a degenerate pair of them,
+so the factors are computed in float64, rounded to float32, stored under a hash of the weight's values, and identified
+by a fingerprint (hash of W, probe of the factors) that adapters and bases carry with them.
+
+Left out on purpose: a truncated decomposition. The knob acts on the whole spectrum, as in AntiPaSTO.
+"""
+
+import hashlib
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from loguru import logger
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from projected_grpo.paths import cache_dir
+
+CACHE_FORMAT = "1"
+FINGERPRINT_BYTES = 40  # sha256 of the weight (32) and the probe as a float64 (8)
+PROBE_TOLERANCE = 1e-6
+_PROBE_SEED = 20260101
+
+
+@dataclass(frozen=True)
+class Factors:
+    """U (d_out, r), S (r,), Vh (r, d_in) in float32, r = min(d_out, d_in), and the sha256 of W's values."""
+
+    u: Float[Tensor, "d_out r"]
+    s: Float[Tensor, " r"]
+    vh: Float[Tensor, "r d_in"]
+    weight_hash: bytes
+
+
+def hash_weight(weight: Float[Tensor, "d_out d_in"]) -> bytes:
+    """sha256 over shape and values. Half precision is hashed as its exact float32, so that a bfloat16 weight and the
+    same weight upcast to float32 are one weight."""
+    wide = weight.detach().to(device="cpu", dtype=torch.promote_types(weight.dtype, torch.float32)).contiguous()
+    digest = hashlib.sha256(f"{tuple(wide.shape)} {wide.dtype}".encode())
+    digest.update(wide.numpy().data)
+    return digest.digest()
+
+
+def svd_factors(weight: Float[Tensor, "d_out d_in"], cache: Path | None = None) -> Factors:
+    """Factors of `weight`, from the cache where an undamaged entry of the same weight is there.
+
+    `cache` is the folder (default: `svd/` under the package's cache). An entry that cannot be read or whose checksum
+    does not match is recomputed, with a warning; a cache that cannot be written only costs the time to recompute.
+
+    Raises:
+        ValueError: the weight is no matrix, or holds NaN or infinity.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"an SVD needs a matrix, got a weight of shape {tuple(weight.shape)}")
+    folder = cache_dir("svd") if cache is None else cache
+    weight_hash = hash_weight(weight)
+    entry = folder / f"{weight_hash.hex()}.v{CACHE_FORMAT}.safetensors"
+    cached = _read_entry(entry, weight_hash, weight.shape)
+    if cached is not None:
+        return cached
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinity, so it has no SVD")
+    u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    factors = Factors(*(x.float().cpu().contiguous() for x in (u, s, vh)), weight_hash)
+    _write_entry(entry, factors)
+    return factors
+
+
+def probe_factors(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"]) -> float:
+    """A number that tells decompositions apart: a seeded functional of U diag(ξ) Vh η.
+
+    ξ, η and the reading ζ are drawn from one fixed seed; the value is ζᵀ U diag(ξ) Vh η / r in float64. Flipping the
+    sign of a singular pair leaves U diag(ξ) Vh as it is and rightly leaves the probe as it is too; a rotation inside
+    a degenerate subspace, which changes what δ means, changes it.
+    """
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    xi, eta, zeta = (
+        torch.randn(n, generator=generator, dtype=torch.float64) for n in (u.shape[1], vh.shape[1], u.shape[0])
+    )
+    value = zeta @ (u.detach().double().cpu() @ (xi * (vh.detach().double().cpu() @ eta)))
+    return value.item() / u.shape[1]
+
+
+def pack_fingerprint(weight_hash: bytes, probe: float) -> UInt8[Tensor, "40"]:
+    """Hash and probe as 40 bytes: an integer tensor survives every dtype cast that a model may go through."""
+    return torch.frombuffer(bytearray(weight_hash + struct.pack("<d", probe)), dtype=torch.uint8).clone()
+
+
+def unpack_fingerprint(fingerprint: UInt8[Tensor, "40"]) -> tuple[bytes, float]:
+    """Inverse of `pack_fingerprint`: (sha256 of W, probe)."""
+    raw = bytes(fingerprint.cpu().tolist())
+    return raw[:32], struct.unpack("<d", raw[32:])[0]
+
+
+def fingerprint_mismatch(saved: UInt8[Tensor, "40"], here: UInt8[Tensor, "40"]) -> str | None:
+    """Why something saved over one decomposition means nothing over another, or None when they are the same."""
+    (saved_hash, saved_probe), (hash_here, probe_here) = unpack_fingerprint(saved), unpack_fingerprint(here)
+    if saved_hash != hash_here:
+        return f"its weight differs (saved over {saved_hash.hex()[:12]}, this model has {hash_here.hex()[:12]})"
+    if abs(saved_probe - probe_here) > PROBE_TOLERANCE * max(1.0, abs(probe_here)):
+        return f"its SVD factors differ (probe {saved_probe:.9g} when saved, {probe_here:.9g} here)"
+    return None
+
+
+def _checksum(u: Tensor, s: Tensor, vh: Tensor) -> str:
+    digest = hashlib.sha256()
+    for x in (u, s, vh):
+        digest.update(str(tuple(x.shape)).encode())
+        digest.update(x.numpy().data)
+    return digest.hexdigest()
+
+
+def _read_entry(entry: Path, weight_hash: bytes, shape: torch.Size) -> Factors | None:
+    if not entry.is_file():
+        return None
+    try:
+        with safe_open(entry, framework="pt") as file:
+            u, s, vh = (file.get_tensor(name) for name in ("u", "s", "vh"))
+            stored = (file.metadata() or {}).get("checksum")
+    except (SafetensorError, OSError, KeyError) as error:
+        logger.warning(f"SVD cache entry {entry} cannot be read ({error}); computing it again")
+        return None
+    if stored != _checksum(u, s, vh) or (u.shape[0], vh.shape[1]) != tuple(shape):
+        logger.warning(f"SVD cache entry {entry} is damaged (checksum); computing it again")
+        return None
+    return Factors(u, s, vh, weight_hash)
+
+
+def _write_entry(entry: Path, factors: Factors) -> None:
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as temporary:
+            pass
+        tensors = {"u": factors.u, "s": factors.s, "vh": factors.vh}
+        save_file(tensors, temporary.name, metadata={"checksum": _checksum(factors.u, factors.s, factors.vh)})
+        os.replace(temporary.name, entry)
+    except (OSError, SafetensorError) as error:
+        logger.warning(f"SVD cache entry {entry} cannot be written ({error}); it will be computed again next time")
