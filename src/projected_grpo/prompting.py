@@ -1,0 +1,82 @@
+"""How a problem, a pair or a teacher's rollout is put to one model.
+
+A chat model gets messages. A model too weak for that (`prompt_style="prefill"`) gets one string that ends inside the
+assistant's turn, with the class and the method's head written for it; what it completes is the body, so pairs and
+teacher rollouts are cut to what follows that head, and the prefill is put back before anything is graded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from projected_grpo.encoding import Prompt, encode_prompt, open_turn
+from projected_grpo.env.problems import Problem
+from projected_grpo.env.prompts import build_prompt, prefill, strip_prefill
+from projected_grpo.errors import InputError
+from projected_grpo.models import LoadedModel, chat_template_kwargs
+from projected_grpo.pairs import ContrastivePair, PairSet
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Prompts in the style of one loaded model."""
+
+    loaded: LoadedModel
+    max_prompt_length: int | None = None
+
+    @property
+    def template_kwargs(self) -> dict:
+        return chat_template_kwargs(self.loaded.name, self.loaded.tokenizer)
+
+    def prompt(self, problem: Problem, mode: str, test_func_name: str = "run_tests") -> tuple[Prompt, str]:
+        """The prompt and the part of the completion that it already holds ("" for a chat model)."""
+        messages = build_prompt(problem, mode, test_func_name)
+        if self.loaded.prompt_style == "chat":
+            return messages, ""
+        opening = prefill(problem)
+        return open_turn(self.loaded.tokenizer, messages, opening, self.template_kwargs), opening
+
+    def row(self, problem: Problem, mode: str, test_func_name: str = "run_tests") -> dict:
+        """A dataset row: what TRL needs, and what the reward and the pool look it up by.
+
+        Raises:
+            InputError: the prompt is longer than `max_prompt_length` tokens.
+        """
+        prompt, opening = self.prompt(problem, mode, test_func_name)
+        n_tokens = len(encode_prompt(self.loaded.tokenizer, prompt, self.template_kwargs))
+        if self.max_prompt_length is not None and n_tokens > self.max_prompt_length:
+            raise InputError(
+                f"problem {problem.id}: its prompt has {n_tokens} tokens, over max_prompt_length="
+                f"{self.max_prompt_length}; leave it out or raise --max-prompt-length"
+            )
+        return {
+            "prompt": prompt,
+            "prefill": opening,
+            "problem_id": problem.id,
+            "mode": mode,
+            "test_func_name": test_func_name,
+        }
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """A full completion as this model would have continued its prompt."""
+        return text if self.loaded.prompt_style == "chat" else strip_prefill(text, problem)
+
+    def pairs(self, pairs: PairSet) -> PairSet:
+        """The pair set in this model's style; the set keeps its name and hash, which say what it was made from."""
+        if self.loaded.prompt_style == "chat":
+            return pairs
+        return replace(pairs, pairs=tuple(self._pair(pair) for pair in pairs))
+
+    def _pair(self, pair: ContrastivePair) -> ContrastivePair:
+        if pair.problem is None:
+            raise InputError(
+                f"pair {pair.id} gives a prompt and no problem, so {self.loaded.name} cannot be opened for it; name "
+                "the pair's problem or use a chat model"
+            )
+        prompt, _ = self.prompt(pair.problem, "run_tests")
+        hack, clean = (self.completion(pair.problem, text) for text in (pair.hack, pair.clean))
+        return replace(pair, prompt=prompt, hack=hack, clean=clean)
+
+
+def prompt_rows(prompter: Prompter, problems: Sequence[Problem], mode: str) -> list[dict]:
+    """One dataset row a problem."""
+    return [prompter.row(problem, mode) for problem in problems]
