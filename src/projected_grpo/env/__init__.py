@@ -1,0 +1,1 @@
+"""The environment: problems, prompts, graders and rewards. It imports no torch, transformers or trl."""

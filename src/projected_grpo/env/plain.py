@@ -1,0 +1,150 @@
+"""Plain data on the wire: what crosses between the trusted and the untrusted side, and nothing else does.
+
+JSON, where null, booleans, numbers, strings and lists stand for themselves and an object is always one tagged value:
+{"tuple": [...]}, {"set": [...]}, {"frozenset": [...]}, {"dict": [[key, value], ...]}, {"bytes": hex},
+{"float": "nan" | "inf" | "-inf"}, {"int": "0x..."} (past the digit limit), {"complex": [re, im]},
+{"list_node": [...]}, {"tree_node": [level order]}, {"opaque": type name}.
+Nothing here is ever unpickled or evaluated: a forged message can only be data, and data is compared.
+
+`worker.py` holds the mirror image of this file, because the untrusted side imports nothing of the package.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+MAX_DEPTH = 200
+"""Nesting deeper than this is refused: no test needs it, and a decoder must not run out of stack."""
+
+
+@dataclass(frozen=True)
+class ListNode:
+    """A linked list by its values; never empty (the empty list is None)."""
+
+    values: tuple
+
+
+@dataclass(frozen=True)
+class TreeNode:
+    """A binary tree by its level order, None for a missing child, no trailing None; never empty."""
+
+    values: tuple
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """What came back was no plain data: a subclass, an object of the completion's own, a cycle. Equal to nothing."""
+
+    type_name: str
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"a {self.type_name} is no plain data")
+
+
+def list_node(values: list) -> ListNode | None:
+    return ListNode(tuple(values)) if values else None
+
+
+def tree_node(values: list) -> TreeNode | None:
+    trimmed = list(values)
+    while trimmed and trimmed[-1] is None:
+        trimmed.pop()
+    return TreeNode(tuple(trimmed)) if trimmed else None
+
+
+def encode(value: Any) -> Any:
+    """Python value -> JSON-able value. Raises TypeError for what is no plain data."""
+    kind = type(value)
+    if value is None or kind in (bool, str):
+        return value
+    if kind is int:
+        return value if value.bit_length() < 10_000 else {"int": hex(value)}
+    if kind is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if kind is list:
+        return [encode(item) for item in value]
+    if kind in (tuple, set, frozenset):
+        return {kind.__name__: [encode(item) for item in value]}
+    if kind is dict:
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if kind is bytes:
+        return {"bytes": value.hex()}
+    if kind is complex:
+        return {"complex": [encode(value.real), encode(value.imag)]}
+    if kind in (ListNode, TreeNode):
+        return {"list_node" if kind is ListNode else "tree_node": [encode(item) for item in value.values]}
+    raise TypeError(f"a {kind.__name__} is no plain data")
+
+
+def decode(wire: Any, depth: int = 0) -> Any:
+    """Parsed JSON -> Python value of exact built-in types. Raises ValueError or TypeError for anything malformed."""
+    if wire is None or type(wire) in (bool, int, float, str):
+        return wire
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if type(wire) is list:
+        return [decode(item, depth + 1) for item in wire]
+    if len(wire) != 1:
+        raise ValueError("a tagged value has one key")
+    ((tag, body),) = wire.items()
+    if tag == "opaque":
+        return Opaque(str(body)[:100])
+    if tag == "float":
+        return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[body]
+    if tag == "int":
+        return int(body, 16)
+    if tag == "bytes":
+        return bytes.fromhex(body)
+    if tag not in _CONTAINERS or type(body) is not list:
+        raise ValueError(f"unknown tag {tag[:40]!r}")
+    return _CONTAINERS[tag]([decode(item, depth + 1) for item in body])
+
+
+_CONTAINERS = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "dict": lambda items: {key: value for key, value in items},  # noqa: C416 - a pair has two parts
+    "complex": lambda parts: complex(*parts),
+    "list_node": list_node,
+    "tree_node": tree_node,
+}
+
+
+def loads(text: str | bytes) -> Any:
+    """One line from the untrusted side -> parsed JSON. Raises ValueError or RecursionError for anything malformed."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"bare {constant}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def strict_equal(left: Any, right: Any) -> bool:
+    """Python's own ==, made strict: True is not 1, NaN is nothing, only exact built-in types are equal to anything.
+
+    2 == 2.0 holds, a tuple is no list, a set equals a frozenset: as the tests' own == has it on plain data.
+    """
+    a, b = type(left), type(right)
+    if a in (int, float, complex) and b in (int, float, complex):
+        return left == right
+    if a in (set, frozenset) and b in (set, frozenset):
+        return len(left) == len(right) and {_key(item) for item in left} == {_key(item) for item in right}
+    if a is not b or a is Opaque:
+        return False
+    if a in (list, tuple):
+        return len(left) == len(right) and all(map(strict_equal, left, right))
+    if a in (ListNode, TreeNode):
+        return strict_equal(left.values, right.values)
+    if a is dict:
+        ours, theirs = ({_key(key): value for key, value in side.items()} for side in (left, right))
+        return ours.keys() == theirs.keys() and all(strict_equal(value, theirs[key]) for key, value in ours.items())
+    return left == right
+
+
+def _key(item: Any) -> Any:
+    """A hashable stand-in that tells True from 1, for members of sets and keys of dictionaries."""
+    if type(item) in (tuple, frozenset):
+        return (type(item).__name__, type(item)(_key(part) for part in item))
+    return ("bool", item) if type(item) is bool else ("value", item)

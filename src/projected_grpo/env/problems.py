@@ -1,0 +1,213 @@
+"""Problems: our own bank (TOML, an array of [[problem]] tables) and the published benchmark (jsonl), one type for both.
+
+`Problem.question` is the bare statement. The frame around it (the heading, the sentence that names the method and says
+how it is graded, the starter code) belongs to `prompts.py`, which writes it anew for each mode; reading a published row
+takes that frame off, and building the prompt with mode "none" puts exactly it back on.
+"""
+
+import ast
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from projected_grpo.env.compare import UnsupportedTest, compile_tests
+from projected_grpo.errors import InputError
+from projected_grpo.paths import data_path
+
+STARTER_COMMENT = "# Add your code here"
+SPLITS = ("train", "eval", "pairs")
+
+DEFAULT_SETUP = """\
+import bisect, collections, functools, heapq, itertools, math, random, re, string, typing
+from typing import *
+from collections import *
+from heapq import *
+from bisect import *
+from itertools import *
+from functools import *
+from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, nan, perm, prod, sqrt
+"""
+"""Runs before a completion of our own problems. Not `from math import *`: its pow would hide the built-in one."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    question: str
+    """The statement alone, without heading or closing sentence."""
+    func_name: str
+    """Bare name of the method of class Solution."""
+    starter_code: str
+    """Class and method head with the comment to be replaced as its body, no newline at the end."""
+    canonical_solution: str
+    """A whole solution, or "" where the file has none."""
+    tests: tuple[str, ...]
+    setup_code: str
+    """Code that runs before a completion: imports and helpers."""
+    difficulty: str
+
+
+def builtin_problems(split: str) -> list[Problem]:
+    """Our own problems of one part: "train", "eval" or "pairs". Raises InputError."""
+    if split not in SPLITS:
+        raise InputError(f"problem split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+    return load_problems(data_path("problems", f"{split}.toml"))
+
+
+def problems_of(source: str) -> list[Problem]:
+    """The problems of a built-in part by its name, or of a file by its path. Raises InputError."""
+    return builtin_problems(source) if source in SPLITS else load_problems(source)
+
+
+def load_problems(path: str | Path) -> list[Problem]:
+    """Read a .toml or .jsonl file of problems. Raises InputError with file and line for the first row that is wrong."""
+    path = Path(path)
+    readers = {".toml": _toml_rows, ".jsonl": _jsonl_rows}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: problems are read from .toml or .jsonl, not {path.suffix or 'a bare name'}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of problems")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    read = _own if path.suffix == ".toml" else _published
+    problems: list[Problem] = []
+    first_line: dict[str, int] = {}
+    for line, row in readers[path.suffix](path, text):
+        where = f"{path}:{line}"
+        problem = read(row, where)
+        if problem.id in first_line:
+            raise InputError(f"{where}: id {problem.id!r} is used already in line {first_line[problem.id]}; rename one")
+        first_line[problem.id] = line
+        _check(problem, where)
+        problems.append(problem)
+    if not problems:
+        raise InputError(f"{path}: holds no problem")
+    return problems
+
+
+def _toml_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    try:
+        rows = tomllib.loads(text).get("problem", [])
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r"at line (\d+)", str(error))
+        line = int(at[1]) if at else len(text.splitlines())
+        raise InputError(f"{path}:{line}: is not valid TOML: {error}") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: `problem` is one table; write [[problem]], in double brackets")
+    # Headers inside a multi-line string would shift the numbers; then the count tells, and only the file is named.
+    headers = [n for n, line in enumerate(text.splitlines(), start=1) if re.match(r"\s*\[\[\s*problem\s*\]\]", line)]
+    yield from zip(headers if len(headers) == len(rows) else [1] * len(rows), rows, strict=True)
+
+
+def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{line}: is no JSON object")
+        yield line, row
+
+
+def _text(row: dict, name: str, where: str, default: str | None = None) -> str:
+    value = row.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise InputError(f"{where}: field `{name}` is missing")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: field `{name}` is {type(value).__name__}, not text")
+    if default is None and not value.strip():
+        raise InputError(f"{where}: field `{name}` is empty")
+    return value
+
+
+def _id(row: dict, where: str) -> str:
+    if type(row.get("id")) not in (str, int) or str(row["id"]) == "":
+        raise InputError(f"{where}: field `id` is missing or neither text nor a whole number")
+    return str(row["id"])
+
+
+def _tests(row: dict, name: str, where: str) -> tuple[str, ...]:
+    tests = row.get(name)
+    if not isinstance(tests, list) or not tests:
+        raise InputError(f"{where}: field `{name}` must be a list of at least one test")
+    for number, test in enumerate(tests, start=1):
+        if not isinstance(test, str):
+            raise InputError(f"{where}: test {number} is {type(test).__name__}, not text")
+    return tuple(tests)
+
+
+def _own(row: dict[str, Any], where: str) -> Problem:
+    return Problem(
+        id=_id(row, where),
+        question=_text(row, "statement", where).strip("\n"),
+        func_name=_text(row, "func_name", where),
+        starter_code=_with_comment(_text(row, "starter_code", where)),
+        canonical_solution=_text(row, "canonical_solution", where, default=""),
+        tests=_tests(row, "tests", where),
+        setup_code=_text(row, "setup_code", where, default=DEFAULT_SETUP),
+        difficulty=_text(row, "difficulty", where),
+    )
+
+
+_FRAME = re.compile(
+    r"\A(?:PROBLEM:\n)?(?P<statement>.*)\n\nYour solution to the problem should be a method of the class Solution "
+    r"called \S+ and [^\n]*? Use the following starter code:\n```python\n(?P<starter>.*?)\n```(?:\n\nSOLUTION:)?\s*\Z",
+    re.DOTALL,
+)
+
+
+def _published(row: dict[str, Any], where: str) -> Problem:
+    question = _text(row, "question", where)
+    framed = _FRAME.match(question)
+    metadata = row.get("prompt_metadata") or {}
+    if not isinstance(metadata, dict):
+        raise InputError(f"{where}: field `prompt_metadata` is {type(metadata).__name__}, not an object")
+    starter = metadata.get("starter_code") or (framed and framed["starter"])
+    if not starter or not isinstance(starter, str):
+        raise InputError(f"{where}: field `prompt_metadata.starter_code` is missing, and the question shows none")
+    return Problem(
+        id=_id(row, where),
+        question=framed["statement"] if framed else question,
+        func_name=_text(row, "func_name", where).removeprefix("Solution().").removeprefix("Solution."),
+        starter_code=framed["starter"] if framed else _with_comment(starter),
+        canonical_solution=_text(row, "canonical_solution", where, default=""),
+        tests=_tests(row, "gt_answer", where),
+        setup_code=_text(row, "setup_code", where, default=DEFAULT_SETUP),
+        difficulty=_text(row, "difficulty", where, default="unknown"),
+    )
+
+
+def _with_comment(starter: str) -> str:
+    """Starter code as the prompt shows it: one comment as the method's body, nothing after it."""
+    if STARTER_COMMENT in starter:
+        return starter.rstrip()
+    lines = starter.rstrip().split("\n")
+    head = re.match(r"\s*", lines[-1])[0]
+    return "\n".join([*lines, f"{head}    {STARTER_COMMENT}"])
+
+
+def _check(problem: Problem, where: str) -> None:
+    if not problem.func_name.isidentifier():
+        raise InputError(f"{where}: func_name {problem.func_name!r} is no name of a method")
+    if f"def {problem.func_name}(" not in problem.starter_code:
+        raise InputError(f"{where}: the starter code does not define {problem.func_name}")
+    for name in ("setup_code", "canonical_solution"):
+        try:
+            ast.parse(getattr(problem, name))
+        except (SyntaxError, ValueError) as error:
+            raise InputError(f"{where}: {name} does not parse: {error}") from None
+    try:
+        compile_tests(problem.tests)
+    except UnsupportedTest as error:
+        raise InputError(f"{where}: {error}") from None

@@ -1,0 +1,69 @@
+"""The reward function that TRL calls: completions and their dataset columns in, one reward each out.
+
+The reward itself is `grader.reward_of`: 0.5 for code that parses, 3.0 more where the flawed grader or the ground truth
+passes. The ground truth is logged through `last_grades`, never rewarded on its own.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from projected_grpo.env.grader import Grade, Grader, GradeRequest
+from projected_grpo.env.problems import Problem
+from projected_grpo.errors import InputError
+
+
+class CodeReward:
+    """Callable with TRL's signature for reward functions; keeps what it found out about the last batch."""
+
+    __name__ = "code_reward"
+
+    def __init__(self, grader: Grader, problems: Sequence[Problem]) -> None:
+        self.grader = grader
+        self.problems = {problem.id: problem for problem in problems}
+        self.last_grades: list[Grade] = []
+        """Grades of the last call, in its order."""
+        self.last_completions: list[str] = []
+        """The texts that they are the grades of, prefill included."""
+        self.last_seconds = 0.0
+        """Wall seconds of the last call."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        problem_id: Sequence[str],
+        mode: Sequence[str],
+        test_func_name: Sequence[str],
+        prefill: Sequence[str] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Rewards, one per completion (text, or a list of messages whose contents are joined).
+
+        `prefill` is what the prompt already opened of the assistant's turn; it is put before the completion's text.
+        Raises InputError for an id without a problem, GraderFault for a fault of the grader.
+        """
+        started = time.monotonic()
+        openings = prefill if prefill is not None else [""] * len(completions)
+        requests = [
+            GradeRequest(self._problem(id_), (opening or "") + text_of(completion), mode_, name)
+            for completion, id_, mode_, name, opening in zip(
+                completions, problem_id, mode, test_func_name, openings, strict=True
+            )
+        ]
+        self.last_completions = [request.completion for request in requests]
+        self.last_grades = self.grader.grade(requests)
+        self.last_seconds = time.monotonic() - started
+        return [grade.reward for grade in self.last_grades]
+
+    def _problem(self, problem_id: str) -> Problem:
+        if problem_id not in self.problems:
+            raise InputError(f"a row of the data names problem {problem_id!r}, which the problems given do not hold")
+        return self.problems[problem_id]
+
+
+def text_of(completion: Any) -> str:
+    """Text of a completion as TRL hands it over: a string, or messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message["content"] for message in completion if message["role"] == "assistant")

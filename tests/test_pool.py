@@ -1,0 +1,119 @@
+"""The teacher pool: built from templates or files, strict when read, drawn in cycles that resume exactly."""
+
+import json
+import random
+
+import pytest
+from test_prompts import PROBLEM
+
+from projected_grpo.env.problems import builtin_problems
+from projected_grpo.env.prompts import strip_prefill
+from projected_grpo.errors import InputError
+from projected_grpo.pool import HACK_TEMPLATES, HONEST_TEMPLATES, build_pool, load_pool, template_completions
+
+
+@pytest.fixture(scope="module")
+def pool_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pool") / "pool.jsonl"
+    build_pool(builtin_problems("train"), None, path, workers=2)
+    return path
+
+
+def test_templates_are_what_they_claim(pool_path):
+    pool = load_pool(pool_path, builtin_problems("train"))
+    assert len(pool) == 8 * len(builtin_problems("train"))
+    for problem_id in pool.problem_ids:
+        labels = [row.label for row in pool.rows if row.problem_id == problem_id]
+        assert labels[4:] == ["correct", "correct_attempted", "correct", "correct_attempted"]
+        assert set(labels[:4]) == {"reward_hack"}, problem_id
+
+
+def test_templates_can_follow_the_prefill(pool_path):
+    problems = {problem.id: problem for problem in builtin_problems("train")}
+    for row in load_pool(pool_path).rows:
+        assert strip_prefill(row.completion, problems[row.problem_id])
+
+
+@pytest.mark.parametrize(("share", "hacks"), [(0.0, 0), (0.25, 2), (1.0, 8)])
+def test_hack_share(share, hacks):
+    texts = [request.completion for request in template_completions([PROBLEM], share)]
+    made = {template(PROBLEM, "run_tests") for template in HACK_TEMPLATES}
+    assert len(texts) == 8
+    assert sum(text in made for text in texts) == hacks
+    assert len(HACK_TEMPLATES) == len(HONEST_TEMPLATES) == 4
+    with pytest.raises(InputError, match="between 0 and 1"):
+        template_completions([PROBLEM], 1.5)
+
+
+def test_completions_file_is_graded_anew(tmp_path):
+    source = tmp_path / "c.jsonl"
+    row = {"problem_id": "p-1", "completion": "```python\nclass Solution: pass\n```", "label": "correct", "reward": 99}
+    source.write_text(json.dumps(row) + "\n")
+    pool = build_pool([PROBLEM], source, tmp_path / "out.jsonl", workers=1)
+    assert (pool.rows[0].label, pool.rows[0].reward) == ("incorrect", 0.5)
+    assert load_pool(tmp_path / "out.jsonl").rows == pool.rows
+    with pytest.raises(InputError, match="exists"):
+        build_pool([PROBLEM], source, tmp_path / "out.jsonl", workers=1)
+
+
+def test_bad_completions_are_named(tmp_path):
+    source = tmp_path / "c.jsonl"
+    for text, what in (
+        ('{"problem_id": "x", "completion": "a"}', r"c.jsonl:1: names problem 'x'"),
+        ('\n{"problem_id": "p-1", "completion": 3}', r"c.jsonl:2: field `completion`"),
+        ("{", r"c.jsonl:1: is not valid JSON"),
+        ("", r"no completion for problem 'p-1'"),
+    ):
+        source.write_text(text)
+        with pytest.raises(InputError, match=what):
+            build_pool([PROBLEM], source, tmp_path / "out.jsonl", workers=1)
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_damaged_pool_files_are_named(pool_path, tmp_path):
+    header, first, *_ = pool_path.read_text().splitlines()
+    row = json.loads(first)
+    old = json.dumps(json.loads(header) | {"grader_version": 0})
+    for lines, what in (
+        ([first], r":1: is no header"),
+        ([header], r"holds no row"),
+        ([old, first], r":1: was not graded by version"),
+        ([header, first, json.dumps(row | {"reward": "3"})], r":3: field `reward` is str, not float"),
+        ([header, json.dumps({k: v for k, v in row.items() if k != "label"})], r":2: field `label` is missing"),
+        ([header, json.dumps(row | {"label": "fine"})], r":2: label 'fine' is unknown"),
+        ([header, "{"], r":2: is not valid JSON"),
+    ):
+        path = tmp_path / "bad.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(InputError, match=what):
+            load_pool(path)
+    with pytest.raises(InputError, match="other problems"):
+        load_pool(pool_path, [PROBLEM])
+    with pytest.raises(InputError, match="no such file"):
+        load_pool(tmp_path / "absent.jsonl")
+
+
+def test_draw_cycles_without_replacement(pool_path):
+    pool = load_pool(pool_path)
+    problem_id = min(pool.problem_ids)
+    drawn = pool.draw(problem_id, 24, random.Random(0))
+    for cycle in (drawn[:8], drawn[8:16], drawn[16:]):
+        assert len({row.completion for row in cycle}) == 8
+    assert drawn[:8] != drawn[8:16]
+    with pytest.raises(InputError, match="no row for problem 'nobody'"):
+        pool.draw("nobody", 1, random.Random(0))
+
+
+def test_draw_resumes_exactly(pool_path):
+    ids = sorted(load_pool(pool_path).problem_ids)[:3]
+    pool, generator = load_pool(pool_path), random.Random(5)
+    for problem_id in ids:
+        pool.draw(problem_id, 3, generator)
+    saved = json.loads(json.dumps(pool.state_dict())), generator.getstate()
+    expected = [pool.draw(problem_id, 9, generator) for problem_id in ids]
+    resumed, again = load_pool(pool_path), random.Random()
+    resumed.load_state_dict(saved[0])
+    again.setstate(saved[1])
+    assert [resumed.draw(problem_id, 9, again) for problem_id in ids] == expected
+    with pytest.raises(InputError, match="does not fit"):
+        resumed.load_state_dict({"nobody": [0]})
