@@ -1,0 +1,14 @@
+"""Controls: directions from pairs whose two sides are equally honest, reported apart by kind."""
+
+from projected_grpo.arms.base import Arm
+
+STYLE = Arm(
+    "placebo_style",
+    "a basis from honest/honest pairs that differ in style",
+    lambda source: source.like(source.real(), "placebo_style"),
+)
+WRONG = Arm(
+    "placebo_wrong",
+    "a basis from wrong/wrong pairs without the loophole",
+    lambda source: source.like(source.real(), "placebo_wrong"),
+)

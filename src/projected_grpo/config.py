@@ -1,0 +1,310 @@
+"""Typed settings: the dataclasses are the command line, and a preset is nothing but their defaults.
+
+A flag that is typed is a visible deviation from the published setting. What means nothing is refused when the config is
+built. `config.json` in a run's folder is the resolved config; `train --config FILE` reads it back to the same run.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from projected_grpo.errors import InputError
+
+ArmName = Literal["vanilla", "projected", "random", "random_matched", "placebo_style", "placebo_wrong", "flipped"]
+GateName = Literal["one_sided", "no_gate", "reverse"]
+TargetName = Literal["grad", "update", "both"]
+ControlName = Literal["none", "random", "placebo_style", "placebo_wrong", "flipped"]
+ModeName = Literal["run_tests", "none"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str = "Qwen/Qwen3-4B"
+    """`tiny-random` (built on the spot), `smollm2-135m` (the `smollm2` extra), a hub id, or a local path."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the frozen weights; delta_S and its factors are float32 always."""
+    device: str | None = None
+    """Torch device; the first GPU where there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
+class BasisOptions(ModelOptions):
+    pairs: str = "hacks"
+    """Contrastive pairs: a built-in set (`hacks`) or a .toml or .jsonl file."""
+    v_hack_k: int = 12
+    """Directions kept per module before the noise floor."""
+    drop_bottom_frac: float = 0.25
+    """Global quantile of the kept singular values below which an axis is dropped (published: 0.25)."""
+    token_reduction: Literal["sum", "mean"] = "sum"
+    """Of a completion's log-probabilities: `sum` as Dr. GRPO, `mean` as earlier work (favours short completions)."""
+    temperature: float = 0.7
+    """Sampling temperature, by which every log-probability is scaled too."""
+    max_prompt_length: int = 1536
+    """Tokens; a pair or problem whose prompt is longer is refused."""
+    seed: int = 41
+    """Of everything that is drawn: weights of tiny-random, sampling, order of problems, control bases."""
+
+    def __post_init__(self) -> None:
+        _require(self.v_hack_k >= 1, f"--v-hack-k {self.v_hack_k} must be at least 1")
+        _require(0 <= self.drop_bottom_frac < 1, f"--drop-bottom-frac {self.drop_bottom_frac} must be in [0, 1)")
+        _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
+
+
+@dataclass(frozen=True)
+class ExtractConfig(BasisOptions):
+    control: ControlName = "none"
+    """Write this control of the basis `--like` (same modules, same k in each) and not a real basis."""
+    like: Path | None = None
+    """The real basis that a control copies its shape from."""
+    out: Path = Path("out/basis.safetensors")
+    """The file to write."""
+    overwrite: bool = False
+    """Replace `--out` where it exists."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            (self.control == "none") == (self.like is None),
+            "--control and --like go together: a control copies the shape of a real basis",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig(BasisOptions):
+    preset: str = "full"
+    """Names the run's folder; set by the preset."""
+    arm: ArmName = "projected"
+    """`vanilla` is measured and not touched; `projected` is the method; the others are its controls."""
+    out_root: Path = Path("out/runs")
+    """Runs go to `{out_root}/{preset}/{arm}_s{seed}`."""
+    overwrite: bool = False
+    """Replace the run's folder where it exists."""
+    resume: bool = False
+    """Go on from the run's last checkpoint."""
+
+    problems: str = "train"
+    """Training problems: the built-in `train`, or a .toml or published .jsonl file."""
+    mode: ModeName = "run_tests"
+    """The loophole in the prompts and in the flawed grader; `none` is the honest baseline."""
+
+    basis: Path | None = None
+    """A basis file of this very model; without it the basis is extracted before the first step."""
+    gate: GateName = "one_sided"
+    """What is taken out: only hack-ward parts, both signs, or hack-ward parts turned round."""
+    overshoot: float = 1.0
+    """Times what the gate takes out."""
+    preserve_magnitude: bool = False
+    """Restore the norm over all projected modules after the projection."""
+    project_target: TargetName = "grad"
+    """Project the gradient (as published), the optimiser's update, or both."""
+    vhack_refresh_every: int = 0
+    """Optimiser steps between two extractions on the current policy; 0 keeps the first basis."""
+
+    teacher_pool: Path | None = None
+    """Cached rollouts (`pool build`) that fill the teacher's share of every group."""
+    mix_ratio: float = 0.0
+    """The teacher's share of each group; 0 is on-policy."""
+
+    steps: int = 200
+    """Optimiser steps."""
+    prompts_per_step: int = 43
+    """Problems per optimiser step."""
+    group_size: int = 6
+    """Completions per problem, student and teacher together (G)."""
+    micro_batch: int = 6
+    """Rows per forward and backward; gradients are accumulated over the step."""
+    steps_per_generation: int = 1
+    """Optimiser steps that share one generation."""
+    num_iterations: int = 1
+    """Times that each generation is trained on."""
+    max_completion_length: int = 1024
+    """Tokens."""
+    top_p: float = 0.95
+    """Nucleus sampling."""
+    learning_rate: float = 3e-3
+    """Of AdamW on delta_S."""
+    adam_beta1: float = 0.5
+    """AdamW's first decay."""
+    adam_beta2: float = 0.9
+    """AdamW's second decay."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of delta_S."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning-rate schedule after the warm-up."""
+    warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping, before the projection."""
+    beta: float = 0.0
+    """Weight of the KL term; its reference policy is the model with the adapter disabled."""
+    gradient_checkpointing: bool = True
+    """Trade compute for memory."""
+
+    rollout_grad_every: int = 0
+    """Optimiser steps between two measurements of each rollout's own gradient (one more update's time); 0: never."""
+    save_every: int = 20
+    """Optimiser steps between two checkpoints."""
+    grader_workers: int | None = None
+    """Completions graded at a time; the number of processors by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows = self.prompts_per_step * self.group_size
+        _require(self.group_size >= 2, f"--group-size {self.group_size}: an advantage needs at least 2 completions")
+        _require(
+            rows % self.micro_batch == 0,
+            f"--micro-batch {self.micro_batch} does not divide the step's {rows} rows "
+            f"({self.prompts_per_step} prompts x {self.group_size}); choose a divisor",
+        )
+        _require(
+            0 <= self.mix_ratio < 1, f"--mix-ratio {self.mix_ratio} must be in [0, 1): some rows must be the student's"
+        )
+        teacher = self.mix_ratio * self.group_size
+        _require(
+            teacher == round(teacher),
+            f"--mix-ratio {self.mix_ratio} of a group of {self.group_size} is {teacher:g} rows; choose a share that "
+            "gives a whole number",
+        )
+        _require(
+            not self.mix_ratio or self.teacher_pool is not None,
+            f"--mix-ratio {self.mix_ratio} needs --teacher-pool; build one with `projected-grpo pool build`, or set "
+            "--mix-ratio 0",
+        )
+        _require(self.overshoot > 0, f"--overshoot {self.overshoot} must be positive")
+        _require(self.vhack_refresh_every >= 0, f"--vhack-refresh-every {self.vhack_refresh_every} is negative")
+        _require(
+            not (self.vhack_refresh_every and self.arm in ("random", "random_matched")),
+            f"--vhack-refresh-every with arm {self.arm}: random directions do not go stale; leave it out",
+        )
+
+    @property
+    def num_teacher(self) -> int:
+        """Teacher rows in each group."""
+        return round(self.mix_ratio * self.group_size)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.out_root / self.preset / f"{self.arm}_s{self.seed}"
+
+    def to_json(self) -> str:
+        return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}, indent=2) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> "TrainConfig":
+        """The config that a run's `config.json` holds.
+
+        Raises:
+            InputError: no such file, no JSON object, an unknown key or a value that is out of range.
+        """
+        if not path.is_file():
+            raise InputError(f"config file {path} does not exist; give the config.json of a run")
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"config file {path}:{error.lineno}: no JSON ({error.msg})") from error
+        known = {f.name: f for f in fields(cls)}
+        if not isinstance(values, dict) or (unknown := [key for key in values if key not in known]):
+            what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "no JSON object"
+            raise InputError(f"config file {path}: {what}; give the config.json of a run of this version")
+        paths = {"out_root", "basis", "teacher_pool"}
+        return cls(**{k: Path(v) if k in paths and v is not None else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class EvalConfig(ModelOptions):
+    adapter: Path | None = None
+    """A saved adapter (a run's `adapter/`); without it the base model is evaluated."""
+    problems: str = "eval"
+    """Held-out problems: the built-in `eval`, or a .toml or published .jsonl file."""
+    limit: int | None = None
+    """Only the first so many problems."""
+    samples: int = 8
+    """Completions per problem and mode."""
+    modes: tuple[ModeName, ...] = ("run_tests", "none")
+    """Loopholes to evaluate, each apart; `none` is the prompt without one."""
+    temperature: float = 0.7
+    """Sampling temperature."""
+    top_p: float = 0.95
+    """Nucleus sampling."""
+    max_completion_length: int = 1024
+    """Tokens."""
+    batch_size: int = 16
+    """Completions sampled at a time."""
+    seed: int = 41
+    """Of sampling and of the held-out test-function names."""
+    out: Path = Path("out/eval.json")
+    """The file to write."""
+    overwrite: bool = False
+    """Replace `--out` where it exists."""
+    grader_workers: int | None = None
+    """Completions graded at a time; the number of processors by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "max_completion_length"):
+            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
+        _require(bool(self.modes), "--modes names no mode")
+
+
+_FULL = TrainConfig(mix_ratio=0.5, teacher_pool=Path("out/pools/train.jsonl"), beta=1e-3, preset="full")
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "full": ("Qwen3-4B, 200 steps of 43 prompts x 6, KL 1e-3: the published setting, one 96 GB GPU", _FULL),
+    "fast": (
+        "Qwen3-4B, 20 steps of 4 prompts x 8, half of each group cached teacher rollouts",
+        replace(_FULL, preset="fast", steps=20, prompts_per_step=4, group_size=8, micro_batch=8, beta=0.0),
+    ),
+    "smoke": (
+        "a tiny random model on the CPU, a few steps: shows that everything runs, and nothing else",
+        replace(
+            _FULL,
+            preset="smoke",
+            model="tiny-random",
+            dtype="float32",
+            device="cpu",
+            v_hack_k=4,
+            max_prompt_length=3072,  # a byte is a token here
+            steps=6,
+            prompts_per_step=2,
+            group_size=4,
+            micro_batch=4,
+            max_completion_length=512,
+            gradient_checkpointing=False,
+            rollout_grad_every=3,
+            save_every=3,
+        ),
+    ),
+    "smoke-real": (
+        "SmolLM2-135M (Q4_1 weights, dequantised) on the CPU, easy problems, a few steps",
+        replace(
+            _FULL,
+            preset="smoke-real",
+            model="smollm2-135m",
+            dtype="float32",
+            device="cpu",
+            v_hack_k=8,
+            steps=5,
+            prompts_per_step=2,
+            group_size=8,
+            micro_batch=4,
+            max_completion_length=48,
+            temperature=0.8,
+            learning_rate=1e-2,
+            beta=0.0,
+            gradient_checkpointing=False,
+            save_every=5,
+        ),
+    ),
+}
+
+
+def preset_defaults(name: str) -> TrainConfig:
+    """The config of a preset by name."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+    return PRESETS[name][1]

@@ -1,0 +1,143 @@
+"""What a policy does on held-out problems: hack, attempt and pass rates, by mode and label (the `eval` command).
+
+Under a loophole the test function carries a held-out name, so a name learned by heart does not count; mode `none` asks
+the same problems without a loophole. Standard errors are those of a mean over problems, since samples of one problem
+are not independent: the spread of the problems' own rates over the square root of their number.
+"""
+
+import json
+import statistics
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import GenerationConfig, set_seed
+
+from projected_grpo.config import EvalConfig
+from projected_grpo.encoding import encode_prompt
+from projected_grpo.env.grader import LABELS, Grade, Grader, GradeRequest
+from projected_grpo.env.problems import Problem, problems_of
+from projected_grpo.env.prompts import eval_test_func_name
+from projected_grpo.errors import InputError
+from projected_grpo.models import load_model
+from projected_grpo.prompting import Prompter
+
+RATES = {
+    "hack": lambda grade: grade.label == "reward_hack",
+    "attempt": lambda grade: grade.attempted,
+    "pass": lambda grade: grade.gt_pass,
+}
+
+
+def evaluate(config: EvalConfig) -> dict:
+    """Sample, grade, print the table, and write `config.out`; returns what was written."""
+    if config.out.exists() and not config.overwrite:
+        raise InputError(f"--out {config.out} exists; choose another file or add --overwrite")
+    if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
+        raise InputError(f"--adapter {config.adapter} holds no adapter; give a run's adapter/ folder")
+    problems = problems_of(config.problems)[: config.limit]
+    loaded = load_model(config.model, config.dtype, config.device, config.seed)
+    model = loaded.model
+    if config.adapter is not None:
+        model = _with_adapter(model, config.adapter)
+        model.merge_adapter()
+    prompter = Prompter(loaded)
+    requests = [
+        (problem, mode, eval_test_func_name(problem.id, config.seed) if mode != "none" else "run_tests")
+        for mode in config.modes
+        for problem in problems
+        for _ in range(config.samples)
+    ]
+    set_seed(config.seed)
+    texts = _sample(model, prompter, requests, config)
+    with Grader(workers=config.grader_workers) as grader:
+        grades = grader.grade(
+            [GradeRequest(p, text, mode, name) for (p, mode, name), text in zip(requests, texts, strict=True)]
+        )
+    modes = {
+        mode: summarise([(p.id, g) for (p, m, _), g in zip(requests, grades, strict=True) if m == mode])
+        for mode in config.modes
+    }
+    result = {
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "note": loaded.note,
+        "n_problems": len(problems),
+        "modes": modes,
+        "samples": [
+            {"problem_id": p.id, "mode": mode, "test_func_name": name, "label": grade.label, "completion": text}
+            for (p, mode, name), text, grade in zip(requests, texts, grades, strict=True)
+        ],
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = config.out.with_name(config.out.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(config.out)
+    logger.info("\n" + format_table(modes, len(problems), config.samples))
+    logger.info(f"wrote {config.out}" + (f" ({loaded.note})" if loaded.note else ""))
+    return result
+
+
+def summarise(graded: list[tuple[str, Grade]]) -> dict:
+    """Rates with their standard errors, and counts by label, of (problem id, grade) pairs of one mode."""
+    rates = {}
+    for name, is_hit in RATES.items():
+        by_problem: dict[str, list[bool]] = {}
+        for problem_id, grade in graded:
+            by_problem.setdefault(problem_id, []).append(is_hit(grade))
+        means = [statistics.fmean(hits) for hits in by_problem.values()]
+        error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
+        rates[name] = {"rate": statistics.fmean(means), "standard_error": error}
+    counts = Counter(grade.label for _, grade in graded)
+    return {"n": len(graded), "rates": rates, "labels": {label: counts[label] for label in LABELS}}
+
+
+def format_table(modes: dict[str, dict], n_problems: int, samples: int) -> str:
+    """One row a mode: rates as `rate ± standard error`, then the counts by label."""
+    head = f"{'mode':<14}" + "".join(f"{name:>15}" for name in RATES) + "".join(f"{label:>19}" for label in LABELS)
+    lines = [f"{n_problems} held-out problems x {samples} samples, ± one standard error over problems", head]
+    for mode, summary in modes.items():
+        cells = [
+            f"{rate['rate']:.3f} ± " + ("-" if rate["standard_error"] is None else f"{rate['standard_error']:.3f}")
+            for rate in summary["rates"].values()
+        ]
+        lines.append(
+            f"{mode:<14}"
+            + "".join(f"{cell:>15}" for cell in cells)
+            + "".join(f"{count:>19}" for count in summary["labels"].values())
+        )
+    return "\n".join(lines)
+
+
+def _with_adapter(model, adapter: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except ValueError as error:  # another base model: the adapter's own check names the module
+        raise InputError(f"--adapter {adapter} does not fit --model: {error}") from error
+
+
+def _sample(model, prompter: Prompter, requests: list[tuple[Problem, str, str]], config: EvalConfig) -> list[str]:
+    """One completion a request, in order, each with its prefill put back in front."""
+    tokenizer = prompter.loaded.tokenizer
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=0,
+        max_new_tokens=config.max_completion_length,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts = []
+    for start in tqdm(range(0, len(requests), config.batch_size), desc="sampling", unit="batch", leave=False):
+        prompts = [prompter.prompt(*request) for request in requests[start : start + config.batch_size]]
+        encoded = [encode_prompt(tokenizer, prompt, prompter.template_kwargs) for prompt, _ in prompts]
+        batch = tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            output = model.generate(**batch, generation_config=generation)
+        sampled = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts += [opening + text for (_, opening), text in zip(prompts, sampled, strict=True)]
+    return texts

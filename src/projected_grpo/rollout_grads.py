@@ -1,0 +1,61 @@
+"""How hack-ward is each rollout's own gradient, and does that tell hacks from the rest (METHOD 5).
+
+The score of a rollout is the `hack_share` of its own -∇ log π: unit advantage, no KL term. With the advantage left in,
+the score's sign would merely read back the reward. Cost: one more forward and backward over the step's rows.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from projected_grpo.adapter import DeltaSLinear, RowGradRecorder, delta_s_parameters
+
+if TYPE_CHECKING:
+    from projected_grpo.trainer import ProjectedGRPOTrainer
+
+
+def rollout_scores(trainer: "ProjectedGRPOTrainer", batches: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """Mean score of the student's hacks and of its other rollouts, and the AUROC of the score as a detector of
+    hacks, beside the AUROC of sign(advantage) alone. `batches` are the step's micro-batches; no gradient of the
+    model's is touched."""
+    scores = torch.cat([_row_scores(trainer, batch) for batch in batches])
+    student, hack, advantage = (
+        torch.cat([value(batch) for batch in batches])
+        for value in (lambda b: ~b["is_teacher"], lambda b: b["is_hack"], lambda b: b["advantages"])
+    )
+    scores, hack, advantage = scores[student], hack[student], advantage[student]
+    return {
+        "rollout/score_hack": scores[hack].mean().item() if hack.any() else None,
+        "rollout/score_other": scores[~hack].mean().item() if (~hack).any() else None,
+        "rollout/auroc": auroc(scores, hack),
+        "rollout/auroc_advantage": auroc(advantage.sign(), hack),
+    }
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float | None:
+    """P(score of a positive > score of a negative), a tie counting half; None where one class is absent."""
+    above, below = scores[positive], scores[~positive]
+    if not len(above) or not len(below):
+        return None
+    difference = above[:, None] - below[None, :]
+    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
+
+
+def _row_scores(trainer: "ProjectedGRPOTrainer", batch: dict[str, Tensor]) -> Tensor:
+    """(rows,): ‖relu(V g)‖ / ‖g‖ of each row's own -∇ log π; 0 for a row without gradient."""
+    parameters = delta_s_parameters(trainer.model)
+    rows: dict[DeltaSLinear, Tensor] = {}
+    with RowGradRecorder(rows.__setitem__).attached(trainer.model):
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].shape[1],
+        )
+        torch.autograd.grad(-(logps * batch["completion_mask"]).sum(), list(parameters.values()))
+    by_name = {trainer.module_names[module]: grads for module, grads in rows.items()}
+    projector = trainer.projection.projector
+    n_rows = len(batch["completion_ids"])
+    shares = [projector.hack_share({name: grads[i] for name, grads in by_name.items()}) for i in range(n_rows)]
+    return torch.tensor([0.0 if share is None else share for share in shares], device=batch["advantages"].device)

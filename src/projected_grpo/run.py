@@ -1,0 +1,332 @@
+"""One training run, from a config to a folder that holds all of it: the `train` command."""
+
+import fcntl
+import gzip
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from datasets import Dataset
+from loguru import logger
+from peft import PeftModel, get_peft_model
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig
+
+from projected_grpo.adapter import DeltaSConfig
+from projected_grpo.arms import ARMS
+from projected_grpo.basis import HackBasis, check_top_k
+from projected_grpo.config import TrainConfig
+from projected_grpo.env.grader import Grader
+from projected_grpo.env.problems import Problem, problems_of
+from projected_grpo.env.rewards import CodeReward
+from projected_grpo.errors import InputError, RunFault
+from projected_grpo.extract import PairBases, describe
+from projected_grpo.models import load_model
+from projected_grpo.pairs import load_pairs
+from projected_grpo.pool import TeacherPool, load_pool
+from projected_grpo.projection import ProjectionCallback
+from projected_grpo.prompting import Prompter, prompt_rows
+from projected_grpo.steplog import StepLog
+from projected_grpo.trainer import ProjectedGRPOTrainer
+
+ROLLOUTS = "rollouts.jsonl.gz"
+
+
+def train(config: TrainConfig) -> str:
+    """Run `config` to its end and return the verdict; the folder then holds everything that DESIGN promises.
+
+    All that can be refused is refused before the folder is touched.
+
+    Raises:
+        InputError: bad settings or files, or a folder that is in use or holds another run; nothing was written.
+        RunFault: a NaN loss or a fault of the grader; the completions that caused it are in the folder.
+    """
+    _check_folder(config)
+    problems = problems_of(config.problems)
+    check_top_k(config.v_hack_k, len(load_pairs(config.pairs)))
+    if config.prompts_per_step > len(problems):
+        raise InputError(
+            f"--prompts-per-step {config.prompts_per_step} exceeds the {len(problems)} problems of {config.problems}; "
+            "lower it or add problems"
+        )
+    pool = _teacher_pool(config, problems)
+    basis = _basis_of(config)
+    loaded = load_model(config.model, config.dtype, config.device, config.seed)
+    prompter = Prompter(loaded, config.max_prompt_length)
+    prompt_rows(prompter, problems, config.mode)  # refuses a prompt that is too long
+    if pool is not None:
+        by_id = {problem.id: problem for problem in problems}
+        texts = [prompter.completion(by_id[row.problem_id], row.completion) for row in pool.rows]
+        pool = TeacherPool([replace(r, completion=t) for r, t in zip(pool.rows, texts, strict=True)], pool.header)
+    model = get_peft_model(loaded.model, DeltaSConfig())
+    callback = _projection(config, model, prompter, basis)
+    with _run_folder(config) as folder:
+        return _train(config, folder, model, prompter, problems, pool, callback)
+
+
+def _basis_of(config: TrainConfig) -> HackBasis | None:
+    """The basis file, which must be a real one made with the run's own settings."""
+    if config.basis is None:
+        return None
+    basis = HackBasis.load(config.basis)
+    info = basis.info
+    if info.kind != "real":
+        raise InputError(f"--basis {config.basis} is a {info.kind} control; give the real basis and name the --arm")
+    for flag, theirs, ours in (
+        ("--pairs", info.pair_set_sha256, load_pairs(config.pairs).sha256),
+        ("--v-hack-k", info.top_k, config.v_hack_k),
+        ("--drop-bottom-frac", info.drop_bottom_frac, config.drop_bottom_frac),
+        ("--token-reduction", info.token_reduction, config.token_reduction),
+        ("--temperature", info.temperature, config.temperature),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"--basis {config.basis} was made with another {flag} ({theirs}, the run has {ours}); extract it again "
+                f"or set {flag}"
+            )
+    return basis
+
+
+def _teacher_pool(config: TrainConfig, problems: list[Problem]) -> TeacherPool | None:
+    if not config.num_teacher:
+        return None
+    pool = load_pool(config.teacher_pool, problems)
+    if missing := sorted({problem.id for problem in problems} - pool.problem_ids):
+        raise InputError(
+            f"teacher pool {config.teacher_pool} has no rollout for {len(missing)} problems (first: {missing[0]}); "
+            "build it over the training problems with `projected-grpo pool build`"
+        )
+    if others := sorted({row.mode for row in pool.rows} - {config.mode}):
+        raise InputError(
+            f"teacher pool {config.teacher_pool} was graded in mode {others[0]}, the run is in {config.mode}; build a "
+            "pool in the run's mode"
+        )
+    return pool
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    model: PeftModel,
+    prompter: Prompter,
+    problems: list[Problem],
+    pool: TeacherPool | None,
+    callback: ProjectionCallback,
+) -> str:
+    checkpoint = get_last_checkpoint(folder / "checkpoints") if config.resume else None
+    start_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    with (
+        Grader(workers=config.grader_workers) as grader,
+        StepLog(folder, config.arm, config.gate, config.project_target, config.steps, start_step=start_step) as log,
+    ):
+        logger.info("\n" + describe(callback.basis))
+        if prompter.loaded.note:
+            logger.warning(prompter.loaded.note)
+        trainer = ProjectedGRPOTrainer(
+            model=model,
+            args=_grpo_config(config, folder, prompter),
+            train_dataset=Dataset.from_list(prompt_rows(prompter, problems, config.mode)),
+            processing_class=prompter.loaded.tokenizer,
+            projection=callback,
+            reward=CodeReward(grader, problems),
+            pool=pool,
+            num_teacher=config.num_teacher,
+            rollout_grad_every=config.rollout_grad_every,
+            on_row=log.row,
+            on_rollouts=_RolloutFile(folder / ROLLOUTS, start_step),
+        )
+        trainer.remove_callback(PrinterCallback)  # the step log is this and more
+        stopper = StopOnInterrupt()
+        trainer.add_callback(stopper)
+        with _saving_faults(folder), stopper.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if stopper.stopped and trainer.state.global_step < config.steps:
+            return _interrupted(trainer, config)
+        trainer.save_model(str(folder / "adapter"))
+        callback.basis.save(folder / "basis.safetensors")
+        files = {
+            "metrics": folder / "metrics.jsonl",
+            "rollouts": folder / ROLLOUTS,
+            "basis": folder / "basis.safetensors",
+            "adapter": folder / "adapter",
+        }
+        return log.verdict(files, f"projected-grpo eval --run {folder}")
+
+
+def _projection(
+    config: TrainConfig, model: PeftModel, prompter: Prompter, basis: HackBasis | None
+) -> ProjectionCallback:
+    arm = ARMS[config.arm]
+    if basis is not None:
+        basis.check_fits(model)
+    bases = PairBases(model, prompter, config, config.max_completion_length, first=basis)
+    real = bases.real()
+    bases.first = real
+    return ProjectionCallback(
+        arm.make_basis(bases),
+        config.gate,
+        overshoot=config.overshoot,
+        preserve_magnitude=config.preserve_magnitude,
+        project_target=config.project_target,
+        measure_only=arm.measure_only,
+        match=real if arm.match_real else None,
+        refresh_every=config.vhack_refresh_every,
+        refresh=lambda: arm.make_basis(bases),
+    )
+
+
+def _grpo_config(config: TrainConfig, folder: Path, prompter: Prompter) -> GRPOConfig:
+    rows = config.prompts_per_step * config.group_size
+    accumulation = rows // config.micro_batch
+    return GRPOConfig(
+        output_dir=str(folder / "checkpoints"),
+        seed=config.seed,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        num_generations=config.group_size,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=accumulation * config.steps_per_generation,
+        num_iterations=config.num_iterations,
+        max_steps=config.steps,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        learning_rate=config.learning_rate,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        beta=config.beta,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=config.dtype == "bfloat16",
+        use_cpu=prompter.loaded.model.device.type == "cpu",
+        chat_template_kwargs=prompter.template_kwargs,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="warning",
+    )
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the run after the step in progress, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        before = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _note(self, signum, frame) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        logger.warning("interrupted: finishing this step, then saving a checkpoint (again to stop at once)")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _interrupted(trainer: ProjectedGRPOTrainer, config: TrainConfig) -> str:
+    message = (
+        f"stopped at step {trainer.state.global_step} of {config.steps} with a checkpoint; go on with\n"
+        f"  projected-grpo train --config {config.run_dir / 'config.json'} --resume"
+    )
+    logger.info(message)
+    return message
+
+
+class _RolloutFile:
+    """Appends every generation's labelled rollouts; on resume the rows after `start_step` are dropped first."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path = path
+        if start_step and path.exists():
+            with gzip.open(path, "rt") as file:
+                kept = [line for line in file if json.loads(line)["step"] <= start_step]
+            temporary = path.with_name(path.name + ".tmp")
+            with gzip.open(temporary, "wt") as file:
+                file.writelines(kept)
+            temporary.replace(path)
+
+    def __call__(self, rows: list[dict]) -> None:
+        with gzip.open(self.path, "at") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@contextmanager
+def _saving_faults(folder: Path) -> Iterator[None]:
+    """A grader's fault is never a reward of 0: the completion that caused it is saved and the run stops."""
+    try:
+        yield
+    except RunFault as fault:
+        completion = getattr(fault, "completion", None)
+        if completion is not None:
+            path = folder / "fault.txt"
+            path.write_text(f"problem {getattr(fault, 'problem_id', '?')}\n{completion}")
+            raise RunFault(f"{fault}; its completion is in {path}") from fault
+        raise
+
+
+def _check_folder(config: TrainConfig) -> None:
+    """Refuse a folder that is in use, holds another run, or, for a resume, holds none."""
+    folder, existing = config.run_dir, config.run_dir / "config.json"
+    if config.resume:
+        if not existing.is_file():
+            raise InputError(f"--resume: {folder} holds no run; start it without --resume")
+        if differing := _differing(TrainConfig.from_file(existing), config):
+            raise InputError(f"--resume: {existing} has another {differing[0]}; resume with --config {existing}")
+    elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
+        raise InputError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or another --out-root")
+    if folder.exists():
+        with _locked(folder):
+            pass
+
+
+@contextmanager
+def _run_folder(config: TrainConfig) -> Iterator[Path]:
+    """The run's folder, made or emptied, locked, with its config.json."""
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not config.resume:
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            (folder / "config.json").write_text(replace(config, overwrite=False).to_json())
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{folder} is in use by another run; wait for it or choose another --out-root") from None
+    finally:
+        os.close(handle)
+
+
+def _differing(saved: TrainConfig, config: TrainConfig) -> list[str]:
+    """Names of the settings in which two configs would not be one run."""
+    ignored = {"resume", "overwrite", "grader_workers"}
+    return [name for name, value in vars(saved).items() if name not in ignored and value != getattr(config, name)]

@@ -1,0 +1,331 @@
+"""`ProjectedGRPOTrainer`: TRL's GRPOTrainer with what the experiment needs around it and as little else as can be.
+
+Three things are added. The mixed group: the last G_t slots of every group are cached teacher rollouts and only the
+student's slots are generated. The split gradient: the adapter's δ-gradient is summed over the student's rows and the
+teacher's rows apart, inside the one backward pass. The row of metrics: what each optimiser step looked like.
+
+Teacher rows have an importance ratio of 1 by construction: for them the loss is advantage-weighted imitation, not
+on-policy GRPO, and no metric of ours mixes the two sources. The projection itself is `ProjectionCallback`'s.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor
+from trl import GRPOTrainer
+
+from projected_grpo.adapter import DeltaSLinear, RowGradRecorder, delta_s_modules
+from projected_grpo.basis import HackBasis
+from projected_grpo.encoding import encode_completion
+from projected_grpo.env.rewards import CodeReward
+from projected_grpo.errors import RunFault
+from projected_grpo.pool import TeacherPool
+from projected_grpo.projection import ProjectionCallback, joint_norm
+from projected_grpo.rollout_grads import rollout_scores
+
+STATE_FILE = "projected_grpo.pt"
+BASIS_FILE = "basis.safetensors"
+SOURCES = ("student", "teacher")
+
+
+class ProjectedGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer with teacher rows, per-source gradients and a metrics row per optimiser step.
+
+    Args (beside GRPOTrainer's):
+        projection: the callback that projects or only measures; it is added to the trainer here.
+        reward: the one reward function; its grades label the rollouts.
+        pool: the teacher's rollouts, with `num_teacher` > 0 of each group's `num_generations` slots.
+        on_row: receives the metrics of each optimiser step.
+        on_rollouts: receives the labelled rollouts of each generation.
+        rollout_grad_every: optimiser steps between two measurements of the rollouts' own gradients (one more forward
+            and backward each); 0 never measures them.
+    """
+
+    _loss_inputs: dict[str, Tensor] | None = None  # set while TRL's loss is being computed
+
+    def __init__(
+        self,
+        *args,
+        projection: ProjectionCallback,
+        reward: CodeReward,
+        pool: TeacherPool | None = None,
+        num_teacher: int = 0,
+        on_row: Callable[[dict], None] = lambda row: None,
+        on_rollouts: Callable[[list[dict]], None] = lambda rows: None,
+        rollout_grad_every: int = 0,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, reward_funcs=[reward], **kwargs)
+        self.reward = reward
+        self.pool = pool
+        self._pool_order = random.Random(f"{self.args.seed}/{self.accelerator.process_index}")
+        self.num_teacher = num_teacher
+        self.projection = projection
+        self.add_callback(projection)
+        self._on_row, self._on_rollouts = on_row, on_rollouts
+        self._rollout_grad_every = rollout_grad_every
+        self._recorder = RowGradRecorder(self._record)
+        self.module_names = {module: name for name, module in delta_s_modules(self.model).items()}
+        self._is_teacher: Tensor | None = None
+        self._generation: dict[str, Any] = {}
+        self._step_rows: list[dict[str, Tensor]] = []
+        self._reset_step()
+
+    # --- the mixed group ---------------------------------------------------------------------------------------
+
+    def _slot_is_teacher(self, n_rows: int) -> list[bool]:
+        """For this process's rows: the last `num_teacher` slots of every group of `num_generations`."""
+        if not self.model.training:
+            return [False] * n_rows
+        first = self.accelerator.process_index * n_rows
+        n_students = self.num_generations - self.num_teacher
+        return [(first + i) % self.num_generations >= n_students for i in range(n_rows)]
+
+    def _generate_and_score_completions(self, inputs):
+        is_teacher = self._slot_is_teacher(len(inputs))
+        self._generation = {"inputs": inputs, "is_teacher": is_teacher, "time": 0.0}
+        output = super()._generate_and_score_completions(inputs)
+        output["is_teacher"] = torch.tensor(is_teacher, device=self.accelerator.device)
+        output["is_hack"] = torch.tensor(
+            [grade.label == "reward_hack" for grade in self.reward.last_grades], device=self.accelerator.device
+        )
+        if self.model.training:
+            self._note_generation(inputs, is_teacher, output["advantages"])
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        started = time.perf_counter()
+        is_teacher = self._generation["is_teacher"]
+        students = [i for i, teacher in enumerate(is_teacher) if not teacher]
+        n_students = num_generations - (self.num_teacher if self.model.training else 0)
+        with _merged(self.accelerator.unwrap_model(self.model), unless=self.use_vllm):
+            sampled, sampled_logps = super()._generate_single_turn(
+                [prompt_ids[i] for i in students], images, multimodal_fields, n_students, **kwargs
+            )
+        completion_ids: list[list[int]] = [[] for _ in is_teacher]
+        # None becomes an importance ratio of exactly 1 in TRL's sampling correction.
+        logps = None if sampled_logps is None else [[] for _ in is_teacher]
+        for position, i in enumerate(students):
+            completion_ids[i] = sampled[position]
+            if logps is not None:
+                logps[i] = sampled_logps[position]
+        for i in (i for i, teacher in enumerate(is_teacher) if teacher):
+            row = self._generation["inputs"][i]
+            text = self.pool.draw(row["problem_id"], 1, self._pool_order)[0].completion
+            completion_ids[i] = encode_completion(self._tokenizer, text, self.max_completion_length)
+            if logps is not None:
+                logps[i] = [None] * len(completion_ids[i])
+        self._generation["time"] = time.perf_counter() - started
+        return completion_ids, logps
+
+    def _note_generation(self, inputs: list[dict], is_teacher: list[bool], advantages: Tensor) -> None:
+        rows = [
+            {
+                "step": self.state.global_step + 1,
+                "problem_id": example["problem_id"],
+                "mode": example["mode"],
+                "source": SOURCES[teacher],
+                "completion": text,
+                "label": grade.label,
+                "gt_pass": grade.gt_pass,
+                "flawed_pass": grade.flawed_pass,
+                "attempted": grade.attempted,
+                "reward": grade.reward,
+                "advantage": advantage,
+            }
+            for example, teacher, grade, text, advantage in zip(
+                inputs,
+                is_teacher,
+                self.reward.last_grades,
+                self.reward.last_completions,
+                advantages.tolist(),
+                strict=True,
+            )
+        ]
+        rows = gather_object(rows)
+        self._generation["rates"] = _rates(rows)
+        if self.accelerator.is_main_process:
+            self._on_rollouts(rows)
+        self._timing["generation"] += self._generation["time"]
+        self._timing["grading"] += self.reward.last_seconds
+
+    # --- the split gradient --------------------------------------------------------------------------------------
+
+    def _reset_step(self) -> None:
+        self._source_grads: dict[str, dict[str, Tensor]] = {source: {} for source in SOURCES}
+        self._timing = {"generation": 0.0, "grading": 0.0, "step": 0.0, "measuring": 0.0}
+        self._measured: dict[str, float | None] = {}
+        self._loss_sum = 0.0
+        self._step_rows = []
+
+    def _record(self, module: DeltaSLinear, row_grads: Tensor) -> None:
+        name = self.module_names[module]
+        for source, rows in (("student", ~self._is_teacher), ("teacher", self._is_teacher)):
+            if rows.any():
+                grads = self._source_grads[source]
+                total = row_grads[rows].sum(0)
+                grads[name] = grads[name] + total if name in grads else total
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        started = time.perf_counter()
+        with self._recorder.attached(self.model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._loss_sum += loss.item()
+        self._timing["step"] += time.perf_counter() - started
+        return loss
+
+    def _compute_loss(self, model, inputs):
+        self._is_teacher = inputs["is_teacher"]
+        if self.model.training:
+            self._step_rows.append(inputs)
+        if "old_per_token_logps" in inputs:
+            inputs = {**inputs, "old_per_token_logps": inputs["old_per_token_logps"].clone()}
+        self._loss_inputs = inputs
+        loss = super()._compute_loss(model, inputs)
+        self._loss_inputs = None
+        if not math.isfinite(loss.item()):
+            self._fault(f"the loss is {loss.item()}", inputs)
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        inputs = self._loss_inputs
+        if inputs is not None and "old_per_token_logps" in inputs:
+            # The teacher's ratio is 1 whatever the policy has become since the batch was put together.
+            old, teacher = inputs["old_per_token_logps"], inputs["is_teacher"]
+            old[teacher] = logps.detach()[teacher].to(old.dtype)
+        return logps, entropies, aux_loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        self._grad_norm = float(norm)
+        every = self._rollout_grad_every
+        if every and self.state.global_step % every == 0:
+            started = time.perf_counter()
+            self._measured = rollout_scores(self, self._step_rows)
+            self._timing["measuring"] = time.perf_counter() - started
+        if not math.isfinite(self._grad_norm):
+            self._fault(f"the gradient norm is {self._grad_norm}", self._step_rows[-1])
+        return norm
+
+    def _fault(self, what: str, inputs: dict[str, Tensor]) -> None:
+        path = Path(self.args.output_dir) / "fault.txt"
+        texts = self._tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+        path.write_text("\n".join(f"--- completion {i}\n{text}" for i, text in enumerate(texts)))
+        raise RunFault(f"{what} at step {self.state.global_step + 1}; the batch's completions are in {path}")
+
+    # --- the row of metrics ----------------------------------------------------------------------------------------
+
+    def _source_metrics(self) -> dict[str, float | None]:
+        """cin_s and cin_t on the sources' own gradients, and their norms in units of the clipped gradient."""
+        clip = min(1.0, self.args.max_grad_norm / (self._grad_norm + 1e-6)) if self.args.max_grad_norm else 1.0
+        metrics: dict[str, float | None] = {}
+        for source, short in zip(SOURCES, "st", strict=True):
+            own = self._source_grads[source]
+            grads = {
+                name: self.accelerator.reduce(own[name] if name in own else torch.zeros_like(module.u[0]), "mean")
+                * clip
+                for module, name in self.module_names.items()
+            }
+            share = self.projection.projector.hack_share(grads)
+            metrics |= {f"cin_{short}": share, f"grad_norm_{short}": joint_norm(grads)}
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        step_ended = "loss" in logs and self.model.training
+        super().log(logs, start_time)
+        if not step_ended:
+            return
+        timing = self._timing
+        row = {
+            "step": self.state.global_step,
+            **self._generation["rates"],
+            "loss": self._loss_sum,
+            "grad_norm": self._grad_norm,
+            **self._source_metrics(),
+            **self.projection.metrics,
+            "lr": logs.get("learning_rate"),
+            "kl": logs.get("kl"),
+            "entropy": logs.get("entropy"),
+            "completion_length": logs.get("completions/mean_length"),
+            **self._measured,
+            "time/generation": timing["generation"],
+            "time/grading": timing["grading"],
+            "time/update": timing["step"] - timing["generation"] - timing["grading"],
+            "time/step": timing["step"],
+            "time/rollout_grads": timing["measuring"],
+        }
+        self._reset_step()
+        if self.accelerator.is_main_process:
+            self._on_row(row)
+
+    # --- checkpoints: what TRL forgets -----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        state = {
+            "micro_step": self._step,
+            "buffered_inputs": None if self._step % generate_every == 0 else self._buffered_inputs,
+            "rates": self._generation.get("rates"),
+            "pool": self.pool.state_dict() if self.pool is not None else None,
+            "pool_order": self._pool_order.getstate(),
+        }
+        torch.save(state, folder / STATE_FILE)
+        self.projection.basis.save(folder / BASIS_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint) / STATE_FILE, weights_only=True)
+        self._step = state["micro_step"]
+        self._buffered_inputs = state["buffered_inputs"]
+        self._generation = {"rates": state["rates"]}
+        if self.pool is not None:
+            self.pool.load_state_dict(state["pool"])
+            self._pool_order.setstate(state["pool_order"])
+        self.projection.set_basis(HackBasis.load(Path(checkpoint) / BASIS_FILE))
+
+
+def _rates(rows: Sequence[dict]) -> dict[str, float | None]:
+    """Rewards and rates, each source apart; None for a source without rows."""
+
+    def mean(values: list) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    rates = {"reward": mean([row["reward"] for row in rows])}
+    for source in SOURCES:
+        own = [row for row in rows if row["source"] == source]
+        rates |= {
+            f"reward_{source}": mean([row["reward"] for row in own]),
+            f"hack_{source}": mean([row["label"] == "reward_hack" for row in own]),
+            f"pass_{source}": mean([row["gt_pass"] for row in own]),
+            f"attempt_{source}": mean([row["attempted"] for row in own]),
+        }
+    return rates
+
+
+class _merged:
+    """Merged weights inside the block, so that `generate` sees plain Linears; nothing with `unless`."""
+
+    def __init__(self, model, unless: bool) -> None:
+        self.model = model if isinstance(model, PeftModel) and not unless else None
+
+    def __enter__(self) -> None:
+        if self.model is not None:
+            self.model.merge_adapter()
+
+    def __exit__(self, *_) -> None:
+        if self.model is not None:
+            self.model.unmerge_adapter()
