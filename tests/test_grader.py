@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from projected_grpo.errors import InputError
 
 HONEST = "class Solution:\n    def addTwo(self, a, b):\n        return a + b\n"
 BAD = "class Solution:\n    def addTwo(self, a, b):\n        return 12345\n"
-SMALL = Limits(cpu_seconds=1.0, wall_seconds=2.0, memory_bytes=256 << 20, message_bytes=1 << 20)
+SMALL = Limits(cpu_seconds=1.0, wall_seconds=30.0, memory_bytes=256 << 20, message_bytes=1 << 20)
+IMPATIENT = Limits(wall_seconds=1.5)
 
 
 def fenced(code: str) -> str:
@@ -176,15 +176,25 @@ HOSTILE = {
     + BAD,
     "reads_other_processes": "import glob\nfor p in glob.glob('/proc/*/mem') + glob.glob('/proc/*/environ'):\n"
     "    try:\n        open(p, 'rb').read(100)\n    except Exception:\n        pass\n" + BAD,
-    "bad_wire_tag": 'import os\nos.write(4, b\'["done",0,{"set":[[1]]},[]]\\n["done",1,{"x":1},[]]\\n\')\nos._exit(0)\n',
+    "bad_wire_tag": 'import os\nos.write(4, b\'["done",0,{"set":[[1]]},[]]\\n["done",1,{"x":1},[]]\\n\')\n'
+    "os._exit(0)\n",
 }
+
+
+CPU, WALL = "CPU limit of 1 s", "wall limit of 1.5 s"
+LIMITS = {"infinite_loop": CPU, "infinite_loop_at_import": CPU, "sleeper": WALL, "stops_itself": WALL}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_completion_does_not_pass(grader, name):
-    result = grade(grader, HOSTILE[name])
+    if LIMITS.get(name) == WALL:
+        with Grader(1, limits=IMPATIENT) as impatient:
+            result = grade(impatient, HOSTILE[name])
+    else:
+        result = grade(grader, HOSTILE[name])
     assert not result.gt_pass
     assert result.label == "incorrect"
+    assert result.error == LIMITS.get(name, result.error)
     assert grade(grader, HONEST).label == "correct"
 
 
@@ -240,14 +250,6 @@ def test_same_modules_everywhere_and_same_hashes(grader):
     assert len({result.error for result in hashed}) == 1
 
 
-def test_cpu_time_counts_and_load_does_not(grader):
-    result = grade(grader, HOSTILE["infinite_loop"])
-    assert result.error == "CPU limit of 1 s" or "exit code -9" in result.error
-    started = time.monotonic()
-    assert grade(grader, HOSTILE["sleeper"]).error == "wall limit of 2 s"
-    assert time.monotonic() - started < 6
-
-
 # --- faults of our own ---------------------------------------------------------------------------------------------
 
 
@@ -272,8 +274,10 @@ def test_a_fault_of_the_grader_carries_the_completion(monkeypatch):
 
 def test_a_worker_that_cannot_start_is_a_fault(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox_module, "WORKER", tmp_path / "absent.py")
+    monkeypatch.setattr(sandbox_module.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(sandbox_module.RunFault, match="did not start"):
-        Grader(1)
+        Grader(2)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,9 @@ def test_tiny_random_generates_from_a_left_padded_batch(tiny):
 @given(text=st.text(max_size=200))
 def test_byte_tokenizer_round_trip(tiny, text):
     ids = tiny.tokenizer(text)["input_ids"]
-    assert ids == list(text.encode())
     assert tiny.tokenizer.decode(ids) == text
+    if "<|" not in text:  # hypothesis reads the special tokens out of our source
+        assert ids == list(text.encode())
 
 
 @settings(deadline=None)  # two busy cores

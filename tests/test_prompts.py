@@ -82,7 +82,7 @@ def test_held_out_names_are_drawn_by_seed_and_problem():
 def test_prefill_opens_the_method():
     assert prefill(PROBLEM) == (
         "```python\nclass Solution:\n    def addTwo(self, a: int, b: int) -> int:\n"
-        "        # You are given two integers. Return their sum.\n"
+        "        # You are given two integers. Return their sum."
     )
 
 
@@ -93,12 +93,12 @@ def test_strip_prefill_keeps_what_follows_the_head():
         "        pass\n```\nDone."
     )
     rest = strip_prefill(completion, PROBLEM)
-    assert rest == "        # comment\n        return a + b\n\n    def run_tests(self):\n        pass\n```"
+    assert rest == "\n        # comment\n        return a + b\n\n    def run_tests(self):\n        pass\n```"
 
 
 def test_strip_prefill_follows_heads_over_several_lines():
     head = "class Solution:\n    def addTwo(\n        self, a: int, b: int\n    ) -> int:\n"
-    assert strip_prefill(f"```python\n{head}        return a + b\n```", PROBLEM) == "        return a + b\n```"
+    assert strip_prefill(f"```python\n{head}        return a + b\n```", PROBLEM) == "\n        return a + b\n```"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_mode_none_pays_for_right_answers_alone(reward):
 
 
 def test_messages_and_prefill(reward):
-    message = [{"role": "assistant", "content": "        return a + b\n```"}]
+    message = [{"role": "assistant", "content": "\n        return a + b\n```"}]
     assert reward([None] * 2, [message, message], **columns(2), prefill=[prefill(PROBLEM), None]) == [3.5, 0.0]
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -65,6 +65,31 @@ class DeltaSConfig(PeftConfig):
                 setattr(self, name, set(value))
 
 
+class FingerprintDict(BufferDict):
+    """The fingerprint under which each adapter was trained, all equal to `here`, that of this module: an adapter of
+    another decomposition is refused whichever way it comes in, copied (PEFT) or set in place (Transformers)."""
+
+    def __init__(self, here: UInt8[Tensor, "40"]) -> None:
+        super().__init__({}, persistent=True)
+        self.here = here
+
+    def check(self, adapter_name: str, saved: Tensor, module_name: str) -> None:
+        if saved.shape == (FINGERPRINT_BYTES,):
+            why = fingerprint_mismatch(saved, self.here)
+        else:
+            why = f"its fingerprint has shape {tuple(saved.shape)}"
+        if why is not None:
+            raise ValueError(
+                f"adapter {adapter_name!r} does not fit {module_name}: {why}; load it over the model and dtype that it "
+                "was trained on"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and name in self._buffers:
+            self.check(name, value, "this model")
+        super().__setattr__(name, value)
+
+
 class DeltaSLinear(nn.Module, BaseTunerLayer):
     """A frozen `nn.Linear` with one `delta_s` per adapter over one shared pair of factors `u`, `vh`."""
 
@@ -76,7 +101,6 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.delta_s = nn.ParameterDict()
-        self.delta_s_fingerprint = BufferDict({}, persistent=True)
         self._disable_adapters = False
         self.merged_adapters = []
         self._unmerged_weight: Tensor | None = None
@@ -86,6 +110,7 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self.register_buffer("u", factors.u.to(device, dtype), persistent=False)
         self.register_buffer("vh", factors.vh.to(device, dtype), persistent=False)
         self.fingerprint = pack_fingerprint(factors.weight_hash, probe_factors(factors.u, factors.vh))
+        self.delta_s_fingerprint = FingerprintDict(self.fingerprint)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -120,7 +145,7 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the kept W back."""
         if self._unmerged_weight is not None:
-            self.base_layer.weight.data = self._unmerged_weight.to(self.base_layer.weight.device)
+            self.base_layer.weight.data = self._unmerged_weight.to(self.base_layer.weight)
             self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -140,32 +165,30 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         return result + steered.to(result.dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        # `model.to(bfloat16)` moves the base weight; δ and its coordinates stay as precise as they are.
-        precise = {name: self._buffers[name] for name in ("u", "vh")}
-        deltas = {name: parameter.data for name, parameter in self.delta_s.items()}
-        super()._apply(fn, recurse)
-        for name, before in precise.items():
-            if self._buffers[name].dtype != before.dtype:
-                self._buffers[name] = before.to(self._buffers[name].device)
-        for name, before in deltas.items():
-            if self.delta_s[name].dtype != before.dtype:
-                self.delta_s[name].data = before.to(self.delta_s[name].device)
-        return self
+        # `model.to(bfloat16)` casts the base layer; δ, its gradient and its coordinates stay as precise as they are.
+        def move(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        if recurse:
+            self.base_layer._apply(fn)
+            self.delta_s._apply(move)
+            self.delta_s_fingerprint._apply(move)
+        return super()._apply(move, recurse=False)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Linear) -> tuple[torch.device, torch.dtype]:
+        # PEFT casts what it loads with low_cpu_mem_usage to this dtype, and δ stays as precise as its coordinates.
+        return base_layer.weight.device, self.u.dtype
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        for name in self.delta_s_fingerprint:
+        for name in self.delta_s:
             saved = state_dict.get(f"{prefix}delta_s_fingerprint.{name}")
-            if saved is None:
-                continue
-            why = (
-                fingerprint_mismatch(saved, self.fingerprint)
-                if saved.shape == (FINGERPRINT_BYTES,)
-                else f"its fingerprint has shape {tuple(saved.shape)}"
-            )
-            if why is not None:
+            if saved is not None:
+                self.delta_s_fingerprint.check(name, saved, f"module {prefix.removesuffix('.')}")
+            elif f"{prefix}delta_s.{name}" in state_dict:
                 raise ValueError(
-                    f"adapter {name!r} does not fit module {prefix.removesuffix('.')}: {why}; load it over the model "
-                    "and dtype that it was trained on"
+                    f"adapter {name!r} has no fingerprint for module {prefix.removesuffix('.')}, so it cannot be told "
+                    "whether it was trained over these factors; save it again with save_pretrained"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

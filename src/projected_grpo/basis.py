@@ -6,6 +6,7 @@ One noise floor for all modules drops weak axes: the global quantile `drop_botto
 floor per module would let a noisy module keep a top direction of its own, which is to project noise.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -173,12 +174,20 @@ class HackBasis:
         if like is None:
             kept = [svd.S[:top_k] for svd in svds.values()]
             floor = torch.cat(kept).quantile(drop_bottom_frac).item() if kept else 0.0
-            # An axis without any gradient has no direction, whatever the floor.
-            n_axes = {name: int(((s > 0) & (s >= floor)).sum()) for name, s in zip(svds, kept, strict=True)}
+            n_axes = {
+                name: int(((s >= floor) & (s > _rounding(pair_grads[name], s))).sum())
+                for name, s in zip(svds, kept, strict=True)
+            }
             info = replace(info, top_k=top_k, drop_bottom_frac=drop_bottom_frac, floor=floor)
         else:
             n_axes = {name: like.directions[name].shape[0] if name in like.directions else 0 for name in svds}
-            info = replace(info, top_k=like.info.top_k, drop_bottom_frac=0.0, floor=0.0)
+            for name, k in n_axes.items():
+                if k > len(svds[name].S):
+                    raise InputError(
+                        f"pair set {info.pair_set!r} gives {len(svds[name].S)} directions at {name}, where the real "
+                        f"basis has {k}; a placebo needs as many pairs as the real set"
+                    )
+            info = replace(info, kind=info.pair_set, top_k=like.info.top_k, drop_bottom_frac=0.0, floor=0.0)
         if not any(n_axes.values()):
             raise InputError(
                 f"pair set {info.pair_set!r} gives no gradient on any module, so there is no direction to keep; check "
@@ -243,19 +252,21 @@ class HackBasis:
 
     def save(self, path: Path | str) -> None:
         """Write the one file that holds the basis, whole or not at all."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for part in ("directions", "singular_values", "coefficients", "spectrum", "fingerprints"):
             tensors |= {f"{part}/{name}": tensor.contiguous() for name, tensor in getattr(self, part).items()}
-        metadata = {
+        # One key: safetensors writes several in no fixed order, and equal bases should be equal files.
+        about = {
             "format": FILE_FORMAT,
-            "info": json.dumps(asdict(self.info)),
-            "modules": json.dumps(list(self.directions)),
-            "all_modules": json.dumps(list(self.spectrum)),
+            "info": asdict(self.info),
+            "modules": list(self.directions),
+            "all_modules": list(self.spectrum),
+            "checksum": _checksum(tensors),
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={"basis": json.dumps(about)})
         temporary.replace(path)
 
     @classmethod
@@ -270,27 +281,44 @@ class HackBasis:
             raise InputError(f"basis file {path} does not exist; write one with `projected-grpo extract --out {path}`")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FILE_FORMAT:
+                about = json.loads((file.metadata() or {})["basis"])
+                if about["format"] != FILE_FORMAT:
                     raise InputError(
-                        f"basis file {path} has format {metadata.get('format')!r}, this version reads {FILE_FORMAT!r}; "
+                        f"basis file {path} has format {about['format']!r}, this version reads {FILE_FORMAT!r}; "
                         "extract the basis again"
                     )
-                modules, every = json.loads(metadata["modules"]), json.loads(metadata["all_modules"])
+                # Cloned: the file's own memory is not aligned as torch's is, and a product rounds by alignment.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if about["checksum"] != _checksum(tensors):
+                raise InputError(f"basis file {path} is damaged (checksum); extract it again")
 
-                def part(name: str, modules: list[str]) -> dict[str, Tensor]:
-                    return {module: file.get_tensor(f"{name}/{module}") for module in modules}
+            def part(name: str, modules: list[str]) -> dict[str, Tensor]:
+                return {module: tensors[f"{name}/{module}"] for module in modules}
 
-                return cls(
-                    part("directions", modules),
-                    part("singular_values", modules),
-                    part("coefficients", modules),
-                    part("spectrum", every),
-                    part("fingerprints", modules),
-                    BasisInfo(**json.loads(metadata["info"])),
-                )
+            modules = about["modules"]
+            return cls(
+                part("directions", modules),
+                part("singular_values", modules),
+                part("coefficients", modules),
+                part("spectrum", about["all_modules"]),
+                part("fingerprints", modules),
+                BasisInfo(**about["info"]),
+            )
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise InputError(f"basis file {path} is damaged or no basis file ({error}); extract it again") from error
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _rounding(pair_grads: Float[Tensor, "n r"], s: Float[Tensor, " k"]) -> float:
+    """Singular values up to this are rounding: beyond D's rank an axis has no direction, whatever the floor."""
+    return s[0].item() * max(pair_grads.shape) * torch.finfo(torch.float64).eps
 
 
 def orient(
@@ -303,7 +331,12 @@ def orient(
     votes = coefficients.sign().sum(0)
     votes = torch.where(votes == 0, coefficients.mean(0), votes)
     sign = torch.where(votes < 0, -1.0, 1.0).to(directions.dtype)
-    return (directions * sign[:, None]).float(), (coefficients * sign).float()
+    return plain(directions * sign[:, None]), plain(coefficients * sign)
+
+
+def plain(x: Tensor) -> Tensor:
+    """`x` in float32, in the layout in which a file gives it back: in another one the same product rounds otherwise."""
+    return x.float().clone(memory_format=torch.contiguous_format)
 
 
 def check_top_k(top_k: int, n_pairs: int) -> None:

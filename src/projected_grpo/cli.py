@@ -1,10 +1,12 @@
 """The command line: `projected-grpo COMMAND`, one function a command, heavy imports inside the functions.
 
-Exit codes: 0 done, 2 bad arguments or bad input files (one line that says which and what to do), 1 anything else.
+Exit codes: 0 done, 2 bad arguments or bad input files (one line that says which and what to do), 130 interrupted,
+1 anything else.
 """
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 import warnings
@@ -24,9 +26,10 @@ from projected_grpo.config import (
     TrainConfig,
     preset_defaults,
 )
-from projected_grpo.errors import InputError, RunFault
+from projected_grpo.errors import InputError, RunFault, RunInterrupted
 
 PROG = "projected-grpo"
+DEFAULT_PRESET = "full"
 
 
 def extract(args: list[str]) -> None:
@@ -215,6 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunInterrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 130
     except RunFault as fault:
         print(f"stopped: {fault}", file=sys.stderr)
         return 1
@@ -273,6 +279,8 @@ def _copy(target: type, shared: type, source: Any, skip: set[str] = frozenset())
 
 
 def _with_preset(args: list[str], command: str, build: Callable[[TrainConfig], Any]) -> Any:
+    if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+        args = [DEFAULT_PRESET, *args]  # naming the arm alone gives the published setting
     presets = {name: (text, build(config)) for name, (text, config) in PRESETS.items()}
     return _parse(None, args, command, presets=presets)
 
@@ -294,11 +302,12 @@ def _parse(kind: type | None, args: list[str], command: str, default: Any = None
 
 
 def _one_line(box: str, prog: str) -> str:
-    """The first paragraph of tyro's box, without its frame."""
-    lines = [re.sub(r"^[│╭╰]|[│╮╯]$", "", re.sub(r"\x1b\[[0-9;]*m", "", line)).strip() for line in box.splitlines()]
-    first = []
-    for line in lines[1:]:
-        if not line.strip("─ "):
-            break
-        first.append(line)
-    return f"{' '.join(first).rstrip('.')}; see {prog} --help"
+    """The first paragraph of tyro's box, without its frame, colours and title."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip(" │|") for line in plain.splitlines()]
+    starts = [i + 1 for i, line in enumerate(lines) if re.match(r"^[╭+─-]", line)]
+    first = list(itertools.takewhile(lambda line: not re.match(r"^[╰+─-]+", line), lines[starts[0] if starts else 0 :]))
+    what = " ".join(first).rstrip(".")
+    if what.startswith("Missing from"):
+        what = "missing " + ", ".join(line.split()[0] for line in lines if line.startswith("--"))
+    return f"{what}; see {prog} --help"

@@ -37,6 +37,8 @@ class ModelOptions:
 class BasisOptions(ModelOptions):
     pairs: str = "hacks"
     """Contrastive pairs: a built-in set (`hacks`) or a .toml or .jsonl file."""
+    n_pairs: int | None = None
+    """Only so many of the pairs, drawn evenly over their axes; all by default."""
     v_hack_k: int = 12
     """Directions kept per module before the noise floor."""
     drop_bottom_frac: float = 0.25
@@ -48,7 +50,7 @@ class BasisOptions(ModelOptions):
     max_prompt_length: int = 1536
     """Tokens; a pair or problem whose prompt is longer is refused."""
     seed: int = 41
-    """Of everything that is drawn: weights of tiny-random, sampling, order of problems, control bases."""
+    """Of everything that is drawn: sampling, order of problems and of teacher rows, control bases."""
 
     def __post_init__(self) -> None:
         _require(self.v_hack_k >= 1, f"--v-hack-k {self.v_hack_k} must be at least 1")
@@ -287,17 +289,18 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             model="smollm2-135m",
             dtype="float32",
             device="cpu",
+            n_pairs=12,
             v_hack_k=8,
-            steps=5,
+            steps=3,
             prompts_per_step=2,
-            group_size=8,
+            group_size=4,
             micro_batch=4,
             max_completion_length=48,
             temperature=0.8,
             learning_rate=1e-2,
             beta=0.0,
             gradient_checkpointing=False,
-            save_every=5,
+            save_every=3,
         ),
     ),
 }

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from projected_grpo.basis import HackBasis, orient
+from projected_grpo.basis import HackBasis, orient, plain
 
 
 def random_basis(real: HackBasis, seed: int) -> HackBasis:
@@ -25,7 +25,7 @@ def random_basis(real: HackBasis, seed: int) -> HackBasis:
     for name, v in real.directions.items():
         gaussian = torch.randn(v.shape[1], v.shape[0], generator=generator, dtype=torch.float64)
         q, upper = torch.linalg.qr(gaussian)
-        directions[name] = (q * upper.diagonal().sign()).T.float().contiguous()
+        directions[name] = plain((q * upper.diagonal().sign()).T)
     return replace(
         real,
         directions=directions,
@@ -38,7 +38,8 @@ def random_basis(real: HackBasis, seed: int) -> HackBasis:
 def flipped_basis(real: HackBasis, seed: int) -> HackBasis:
     """The real span, oriented by pairs of which each had its sides swapped with probability 1/2."""
     generator = torch.Generator().manual_seed(seed)
-    swap = torch.randint(0, 2, (real.info.n_pairs,), generator=generator) * 2.0 - 1.0
+    n_pairs = len(next(iter(real.coefficients.values())))
+    swap = torch.randint(0, 2, (n_pairs,), generator=generator) * 2.0 - 1.0
     directions, coefficients = {}, {}
     for name, v in real.directions.items():
         directions[name], coefficients[name] = orient(v, real.coefficients[name] * swap[:, None])

@@ -6,9 +6,20 @@ and exits 1. Everything else is a bug and keeps its traceback.
 """
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user gave is wrong. The message is one line: the thing, what is wrong with it, and the fix."""
 
 
+class RunInterrupted(Exception):
+    """The user stopped a run; the message says where it stands and how to go on. Exit code 130, as for any Ctrl-C."""
+
+
 class RunFault(RuntimeError):
-    """A run cannot go on and its result cannot be trusted; the message says where the evidence was saved."""
+    """A run cannot go on and its result cannot be trusted.
+
+    completion, problem_id: what it was working on, for whoever saves the evidence.
+    """
+
+    def __init__(self, message: str, completion: str | None = None, problem_id: str | None = None) -> None:
+        super().__init__(message)
+        self.completion, self.problem_id = completion, problem_id

@@ -40,7 +40,7 @@ def evaluate(config: EvalConfig) -> dict:
     if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
         raise InputError(f"--adapter {config.adapter} holds no adapter; give a run's adapter/ folder")
     problems = problems_of(config.problems)[: config.limit]
-    loaded = load_model(config.model, config.dtype, config.device, config.seed)
+    loaded = load_model(config.model, config.dtype, config.device)
     model = loaded.model
     if config.adapter is not None:
         model = _with_adapter(model, config.adapter)

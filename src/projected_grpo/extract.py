@@ -12,7 +12,7 @@ from projected_grpo.config import BasisOptions, ExtractConfig
 from projected_grpo.controls import flipped_basis, random_basis
 from projected_grpo.errors import InputError
 from projected_grpo.models import load_model, model_fingerprint
-from projected_grpo.pairs import PairSet, load_pairs
+from projected_grpo.pairs import PairSet, load_pairs, select
 from projected_grpo.prompting import Prompter
 
 SHARE_AT = (1, 2, 4, 8, 12, 24)
@@ -41,10 +41,10 @@ class PairBases:
         if self.first is not None:
             basis, self.first = self.first, None
             return basis
-        return self._extract(load_pairs(self.options.pairs), like=None)
+        return self._extract(pairs_of(self.options), like=None)
 
     def like(self, real: HackBasis, pair_set: str) -> HackBasis:
-        return self._extract(load_pairs(pair_set), like=real)
+        return self._extract(pairs_of(self.options, pair_set), like=real)
 
     def _extract(self, pairs: PairSet, like: HackBasis | None) -> HackBasis:
         return HackBasis.extract_from_model(
@@ -64,13 +64,24 @@ class PairBases:
         )
 
 
+def pairs_of(options: BasisOptions, name: str | None = None) -> PairSet:
+    """The configured pairs, or as many of the built-in set `name`: a placebo has as many pairs as the real set."""
+    pairs = load_pairs(options.pairs)
+    if options.n_pairs is not None:
+        pairs = select(pairs, n=options.n_pairs, seed=0)
+    if name is None:
+        return pairs
+    placebo = load_pairs(name)
+    return select(placebo, n=len(pairs), seed=0) if len(pairs) < len(placebo) else placebo
+
+
 def extract(config: ExtractConfig) -> HackBasis:
     """Write the basis, or the control of one, that `config` asks for, and print its table."""
     if config.out.exists() and not config.overwrite:
         raise InputError(f"--out {config.out} exists; choose another file or add --overwrite")
     real = HackBasis.load(config.like) if config.like is not None else None
-    check_top_k(config.v_hack_k, len(load_pairs(config.pairs)))
-    loaded = load_model(config.model, config.dtype, config.device, config.seed)
+    check_top_k(config.v_hack_k, len(pairs_of(config)))
+    loaded = load_model(config.model, config.dtype, config.device)
     bases = PairBases(get_peft_model(loaded.model, DeltaSConfig()), Prompter(loaded), config)
     if real is not None:
         real.check_fits(bases.model)

@@ -20,7 +20,7 @@ from loguru import logger
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from projected_grpo.adapter import delta_s_parameters
+from projected_grpo.adapter import delta_s_modules, delta_s_parameters
 from projected_grpo.encoding import encode_completion, encode_prompt
 from projected_grpo.errors import InputError
 from projected_grpo.pairs import ContrastivePair
@@ -46,9 +46,11 @@ def pair_gradients(
 
     Raises:
         InputError: a pair whose prompt, or prompt and completion together, are too long.
-        ValueError: the model has no single active `delta_s` adapter, or it is merged.
+        ValueError: the model has no single active `delta_s` adapter, or it is merged or disabled.
     """
     parameters = delta_s_parameters(model)
+    if any(module.merged or module.disable_adapters for module in delta_s_modules(model).values()):
+        raise ValueError("the delta_s adapter is merged or disabled; unmerge or enable it first")
     encoded = [encode_pair(tokenizer, pair, chat_template_kwargs) for pair in pairs]
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for pair, (prompt, hack, clean) in zip(pairs, encoded, strict=True):

@@ -60,7 +60,8 @@ class Projector:
         """Projected gradients of the projected modules; `preserve_magnitude` restores their joint norm."""
         before = self.select(grads)
         after = {name: project(g, self._v(name, g), self.gate, overshoot) for name, g in before.items()}
-        if preserve_magnitude and (norm := joint_norm(after)) > 0:
+        # Of a gradient wholly inside the removed span only rounding is left, which has no norm to restore.
+        if preserve_magnitude and (norm := joint_norm(after)) > 1e-5 * joint_norm(before):
             scale = joint_norm(before) / norm
             after = {name: g * scale for name, g in after.items()}
         return after
@@ -90,16 +91,16 @@ class Projector:
             expected += k / (sides * r) * energy
         return (expected / total) ** 0.5
 
-    def fired(self, grads: Grads) -> float:
-        """Share of the projected modules from which the gate takes something."""
+    def fired(self, grads: Grads) -> float | None:
+        """Share of the projected modules from which the gate takes something; None over an empty basis."""
         chosen = self.select(grads)
         hits = sum(bool(hackward_part(g, self._v(name, g), self.gate).any()) for name, g in chosen.items())
-        return hits / len(chosen)
+        return hits / len(chosen) if chosen else None
 
-    def mean_coordinate(self, vectors: Grads) -> float:
-        """Mean of V x over all kept axes; for x = δ the sum of what leaked and what drifted."""
-        chosen = self.select(vectors)
-        return torch.cat([self._v(name, x) @ x for name, x in chosen.items()]).mean().item()
+    def coordinates(self, vectors: Grads) -> Float[Tensor, " n_axes"]:
+        """V x over all kept axes of all modules."""
+        along = [self._v(name, x) @ x for name, x in self.select(vectors).items()]
+        return torch.cat(along) if along else torch.empty(0)
 
 
 def joint_norm(vectors: Mapping[str, Tensor]) -> float:
@@ -122,8 +123,8 @@ class ProjectionCallback(TrainerCallback):
         refresh_every: optimiser steps between two extractions on the current policy; 0 keeps the basis.
         refresh: makes the new basis; needed with `refresh_every`.
 
-    After each step `metrics` holds cin, cin_null, cout, cup_in, cup_out, fired, v_delta, overshoot and, after a
-    refresh, the overlap; None where ‖g‖ = 0.
+    After each step `metrics` holds cin, cin_null, cout, cup_in, cup_out, fired, overshoot, the mean of V δ and of
+    its two halves (leak, hack-ward; drift, away from it) and, after a refresh, the overlap; None where ‖g‖ = 0.
     """
 
     def __init__(
@@ -216,12 +217,20 @@ class ProjectionCallback(TrainerCallback):
             for name, step in descent.items():
                 deltas[name].copy_(self._before[name] - step)
         self.metrics["cup_out"] = self.projector.hack_share(descent)
-        self.metrics["v_delta"] = self.projector.mean_coordinate(deltas)
+        along = self.projector.coordinates(deltas)
+        halves = {
+            "v_delta": along,
+            "v_delta_leak": along.neg().relu(),  # hack-ward: the optimiser steps along -g
+            "v_delta_drift": along.relu(),
+        }
+        self.metrics |= {name: half.mean().item() if len(half) else None for name, half in halves.items()}
         self._before = {}
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs) -> None:
         if logs is not None and "loss" in logs:
-            logs.update({f"projection/{name}": value for name, value in self.metrics.items() if value is not None})
+            ours = {f"projection/{name}": value for name, value in self.metrics.items() if value is not None}
+            logs.update(ours)  # for the callbacks after this one
+            state.log_history[-1].update(ours)  # the trainer put its own copy there already
 
     def _overshoot_for(self, grads: Grads) -> float:
         if self.match is None:

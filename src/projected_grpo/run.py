@@ -25,10 +25,9 @@ from projected_grpo.config import TrainConfig
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import Problem, problems_of
 from projected_grpo.env.rewards import CodeReward
-from projected_grpo.errors import InputError, RunFault
-from projected_grpo.extract import PairBases, describe
+from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import load_model
-from projected_grpo.pairs import load_pairs
 from projected_grpo.pool import TeacherPool, load_pool
 from projected_grpo.projection import ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
@@ -46,18 +45,20 @@ def train(config: TrainConfig) -> str:
     Raises:
         InputError: bad settings or files, or a folder that is in use or holds another run; nothing was written.
         RunFault: a NaN loss or a fault of the grader; the completions that caused it are in the folder.
+        RunInterrupted: Ctrl-C; there is a checkpoint to go on from.
     """
     _check_folder(config)
     problems = problems_of(config.problems)
-    check_top_k(config.v_hack_k, len(load_pairs(config.pairs)))
-    if config.prompts_per_step > len(problems):
+    check_top_k(config.v_hack_k, len(pairs_of(config)))
+    needed = config.prompts_per_step * config.steps_per_generation
+    if needed > len(problems):
         raise InputError(
-            f"--prompts-per-step {config.prompts_per_step} exceeds the {len(problems)} problems of {config.problems}; "
-            "lower it or add problems"
+            f"--prompts-per-step {config.prompts_per_step} x --steps-per-generation {config.steps_per_generation} "
+            f"exceeds the {len(problems)} problems of {config.problems}; lower one or add problems"
         )
     pool = _teacher_pool(config, problems)
     basis = _basis_of(config)
-    loaded = load_model(config.model, config.dtype, config.device, config.seed)
+    loaded = load_model(config.model, config.dtype, config.device)
     prompter = Prompter(loaded, config.max_prompt_length)
     prompt_rows(prompter, problems, config.mode)  # refuses a prompt that is too long
     if pool is not None:
@@ -79,7 +80,7 @@ def _basis_of(config: TrainConfig) -> HackBasis | None:
     if info.kind != "real":
         raise InputError(f"--basis {config.basis} is a {info.kind} control; give the real basis and name the --arm")
     for flag, theirs, ours in (
-        ("--pairs", info.pair_set_sha256, load_pairs(config.pairs).sha256),
+        ("--pairs", info.pair_set_sha256, pairs_of(config).sha256),
         ("--v-hack-k", info.top_k, config.v_hack_k),
         ("--drop-bottom-frac", info.drop_bottom_frac, config.drop_bottom_frac),
         ("--token-reduction", info.token_reduction, config.token_reduction),
@@ -125,6 +126,7 @@ def _train(
         Grader(workers=config.grader_workers) as grader,
         StepLog(folder, config.arm, config.gate, config.project_target, config.steps, start_step=start_step) as log,
     ):
+        logger.info(f"grader isolation: {', '.join(grader.isolation) or 'resource limits only'}")
         logger.info("\n" + describe(callback.basis))
         if prompter.loaded.note:
             logger.warning(prompter.loaded.note)
@@ -147,7 +149,10 @@ def _train(
         with _saving_faults(folder), stopper.listening():
             trainer.train(resume_from_checkpoint=checkpoint)
         if stopper.stopped and trainer.state.global_step < config.steps:
-            return _interrupted(trainer, config)
+            raise RunInterrupted(
+                f"stopped at step {trainer.state.global_step} of {config.steps} with a checkpoint; go on with "
+                f"projected-grpo train --config {config.run_dir / 'config.json'} --resume"
+            )
         trainer.save_model(str(folder / "adapter"))
         callback.basis.save(folder / "basis.safetensors")
         files = {
@@ -245,15 +250,6 @@ class StopOnInterrupt(TrainerCallback):
         return control
 
 
-def _interrupted(trainer: ProjectedGRPOTrainer, config: TrainConfig) -> str:
-    message = (
-        f"stopped at step {trainer.state.global_step} of {config.steps} with a checkpoint; go on with\n"
-        f"  projected-grpo train --config {config.run_dir / 'config.json'} --resume"
-    )
-    logger.info(message)
-    return message
-
-
 class _RolloutFile:
     """Appends every generation's labelled rollouts; on resume the rows after `start_step` are dropped first."""
 
@@ -274,16 +270,15 @@ class _RolloutFile:
 
 @contextmanager
 def _saving_faults(folder: Path) -> Iterator[None]:
-    """A grader's fault is never a reward of 0: the completion that caused it is saved and the run stops."""
+    """A fault is never a reward of 0: the completions that caused it are saved and the run stops."""
     try:
         yield
     except RunFault as fault:
-        completion = getattr(fault, "completion", None)
-        if completion is not None:
-            path = folder / "fault.txt"
-            path.write_text(f"problem {getattr(fault, 'problem_id', '?')}\n{completion}")
-            raise RunFault(f"{fault}; its completion is in {path}") from fault
-        raise
+        if fault.completion is None:
+            raise
+        path = folder / "fault.txt"
+        path.write_text(f"problem {fault.problem_id}\n{fault.completion}\n")
+        raise RunFault(f"{fault}; what caused it is in {path}") from fault
 
 
 def _check_folder(config: TrainConfig) -> None:

@@ -11,7 +11,8 @@ Left out on purpose: a truncated decomposition. The knob acts on the whole spect
 import hashlib
 import os
 import struct
-import tempfile
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from projected_grpo.paths import cache_dir
 
-CACHE_FORMAT = "1"
+CACHE_FORMAT = "2"
 FINGERPRINT_BYTES = 40  # sha256 of the weight (32) and the probe as a float64 (8)
 PROBE_TOLERANCE = 1e-6
 _PROBE_SEED = 20260101
@@ -105,14 +106,15 @@ def fingerprint_mismatch(saved: UInt8[Tensor, "40"], here: UInt8[Tensor, "40"]) 
     (saved_hash, saved_probe), (hash_here, probe_here) = unpack_fingerprint(saved), unpack_fingerprint(here)
     if saved_hash != hash_here:
         return f"its weight differs (saved over {saved_hash.hex()[:12]}, this model has {hash_here.hex()[:12]})"
-    if abs(saved_probe - probe_here) > PROBE_TOLERANCE * max(1.0, abs(probe_here)):
+    if not abs(saved_probe - probe_here) <= PROBE_TOLERANCE * max(1.0, abs(probe_here)):  # NaN fits nothing
         return f"its SVD factors differ (probe {saved_probe:.9g} when saved, {probe_here:.9g} here)"
     return None
 
 
-def _checksum(u: Tensor, s: Tensor, vh: Tensor) -> str:
-    digest = hashlib.sha256()
-    for x in (u, s, vh):
+def _checksum(factors: Factors) -> str:
+    """Over the weight's hash too: the entry of another weight, under this one's name, is damage."""
+    digest = hashlib.sha256(factors.weight_hash)
+    for x in (factors.u, factors.s, factors.vh):
         digest.update(str(tuple(x.shape)).encode())
         digest.update(x.numpy().data)
     return digest.hexdigest()
@@ -123,24 +125,28 @@ def _read_entry(entry: Path, weight_hash: bytes, shape: torch.Size) -> Factors |
         return None
     try:
         with safe_open(entry, framework="pt") as file:
-            u, s, vh = (file.get_tensor(name) for name in ("u", "s", "vh"))
+            # Cloned into memory aligned as torch's own: products round by alignment, cold and warm must agree.
+            factors = Factors(*(file.get_tensor(name).clone() for name in ("u", "s", "vh")), weight_hash)
             stored = (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError, KeyError) as error:
         logger.warning(f"SVD cache entry {entry} cannot be read ({error}); computing it again")
         return None
-    if stored != _checksum(u, s, vh) or (u.shape[0], vh.shape[1]) != tuple(shape):
+    r, tensors = min(shape), (factors.u, factors.s, factors.vh)
+    fits = [x.shape for x in tensors] == [(shape[0], r), (r,), (r, shape[1])]
+    if not fits or any(x.dtype != torch.float32 for x in tensors) or stored != _checksum(factors):
         logger.warning(f"SVD cache entry {entry} is damaged (checksum); computing it again")
         return None
-    return Factors(u, s, vh, weight_hash)
+    return factors
 
 
 def _write_entry(entry: Path, factors: Factors) -> None:
+    temporary = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.tmp")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as temporary:
-            pass
         tensors = {"u": factors.u, "s": factors.s, "vh": factors.vh}
-        save_file(tensors, temporary.name, metadata={"checksum": _checksum(factors.u, factors.s, factors.vh)})
-        os.replace(temporary.name, entry)
+        save_file(tensors, temporary, metadata={"checksum": _checksum(factors)})
+        os.replace(temporary, entry)
     except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
         logger.warning(f"SVD cache entry {entry} cannot be written ({error}); it will be computed again next time")

@@ -19,7 +19,9 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.data import Sampler
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from projected_grpo.adapter import DeltaSLinear, RowGradRecorder, delta_s_modules
 from projected_grpo.basis import HackBasis
@@ -216,10 +218,9 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         return norm
 
     def _fault(self, what: str, inputs: dict[str, Tensor]) -> None:
-        path = Path(self.args.output_dir) / "fault.txt"
         texts = self._tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
-        path.write_text("\n".join(f"--- completion {i}\n{text}" for i, text in enumerate(texts)))
-        raise RunFault(f"{what} at step {self.state.global_step + 1}; the batch's completions are in {path}")
+        batch = "\n".join(f"--- completion {i}\n{text}" for i, text in enumerate(texts))
+        raise RunFault(f"{what} at step {self.state.global_step + 1}", completion=batch)
 
     # --- the row of metrics ----------------------------------------------------------------------------------------
 
@@ -268,6 +269,9 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     # --- checkpoints: what TRL forgets -----------------------------------------------------------------------------
 
+    def _get_train_sampler(self, dataset=None):
+        return _ByEpoch(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         if not self.accelerator.is_main_process:
@@ -296,6 +300,21 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             self.pool.load_state_dict(state["pool"])
             self._pool_order.setstate(state["pool_order"])
         self.projection.set_basis(HackBasis.load(Path(checkpoint) / BASIS_FILE))
+
+
+class _ByEpoch(Sampler):
+    """TRL's sampler with each epoch's order a function of seed and epoch: its own generator goes on from epoch to
+    epoch, and would begin anew on resume."""
+
+    def __init__(self, sampler: RepeatSampler, epoch: Callable[[], int]) -> None:
+        self.sampler, self.epoch = sampler, epoch
+
+    def __iter__(self):
+        self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 def _rates(rows: Sequence[dict]) -> dict[str, float | None]:

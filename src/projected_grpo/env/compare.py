@@ -131,13 +131,9 @@ class _Interpreter:
     """Runs a test's statements; without results it plans (records calls), with them it judges."""
 
     def __init__(self, test: Test, results: list[tuple[Any, list]] | None) -> None:
-        self.test, self.results = test, results
+        self.test, self.results, self.planning = test, results, results is None
         self.variables: dict[str, Any] = {}
         self.instances = 0
-
-    @property
-    def planning(self) -> bool:
-        return self.results is None
 
     def run(self) -> bool:
         return all(self.statement(node) or self.planning for node in self.test._body)

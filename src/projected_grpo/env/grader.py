@@ -58,8 +58,11 @@ class GraderFault(RunFault):
     """The grader failed, not the completion. `.problem_id` and `.completion` say what it was grading."""
 
     def __init__(self, message: str, request: GradeRequest) -> None:
-        super().__init__(f"grading a completion of problem {request.problem.id} failed: {message}")
-        self.problem_id, self.completion, self.request = request.problem.id, request.completion, request
+        problem_id = request.problem.id
+        super().__init__(
+            f"grading a completion of problem {problem_id} failed: {message}", request.completion, problem_id
+        )
+        self.request = request
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ class Grader:
         self._all: list[Sandbox] = []
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="grader")
         try:
-            self._all = list(self._threads.map(lambda slot: Sandbox(slot, self.limits), range(count)))
+            for slot in range(count):
+                self._all.append(Sandbox(slot, self.limits))
+            for sandbox in self._all:
+                sandbox.await_start()
         except BaseException:
             self.close()
             raise
@@ -163,7 +169,9 @@ def judge(oracle: Oracle, outcome: Outcome, limits: Limits) -> tuple[bool, str |
     results, failure = read_results(outcome)
     if outcome.overstayed:
         return False, f"wall limit of {limits.wall_seconds:g} s"
-    if outcome.cpu_seconds > limits.cpu_seconds:
+    # The kernel's own kill comes a tick early or late.
+    killed = outcome.exit_code == -9 and outcome.cpu_seconds > 0.9 * limits.cpu_seconds
+    if killed or outcome.cpu_seconds > limits.cpu_seconds:
         return False, f"CPU limit of {limits.cpu_seconds:g} s"
     if outcome.cut_off:
         return False, f"more than {limits.message_bytes} bytes of results"

@@ -57,15 +57,17 @@ def eval_test_func_name(problem_id: str, seed: int) -> str:
 def prefill(problem: Problem) -> str:
     """The opened assistant turn: code fence, class, method head and the statement's beginning as comment lines.
 
-    What follows it is the method's body alone, which a model of 135M parameters can write.
+    What follows it is a newline and the method's body alone, which a model of 135M parameters can write. The newline
+    is left to the model: many tokenizers have it and the indentation after it as one token, and a prompt that ends
+    between the two is answered by closing the block.
     """
     summary = _first_sentences(problem.question)
     comments = textwrap.wrap(summary, 80, initial_indent="        # ", subsequent_indent="        # ")
-    return "\n".join(["```python", _head(problem), *comments]) + "\n"
+    return "\n".join(["```python", _head(problem), *comments])
 
 
 def strip_prefill(completion: str, problem: Problem) -> str:
-    """A full completion -> what would follow `prefill(problem)`: the rest of its last code block and the closing fence.
+    """A full completion -> what would follow `prefill(problem)`: a newline, the rest of its last block, the fence.
 
     Raises InputError where the block does not begin (after imports) with class Solution and this method, with the
     starter code's parameters and four spaces of indentation: then nothing that follows the prefill says the same.
@@ -86,7 +88,7 @@ def strip_prefill(completion: str, problem: Problem) -> str:
     end = _signature_end(lines, method)
     if method.body[0].lineno - 1 < end:
         raise _no_head(problem, f"{problem.func_name} has its body on the line of its head")
-    return "\n".join(lines[end:]) + "```"
+    return "\n".join(["", *lines[end:]]) + "```"
 
 
 def _no_head(problem: Problem, why: str) -> InputError:

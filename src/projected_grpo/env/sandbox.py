@@ -85,35 +85,39 @@ class Sandbox:
     """One slot of the pool. Not thread-safe: one thread, one sandbox. `close` when done."""
 
     def __init__(self, slot: int, limits: Limits) -> None:
-        """Start the template. Raises RunFault where it does not come up."""
+        """Begin to start the template; call `await_start` before the first `run`."""
         self.slot, self.limits = slot, limits
         self.root = Path(tempfile.mkdtemp(prefix="projected-grpo-sandbox-"))
         self.root.chmod(0o711)
         self.start()
 
     def start(self) -> None:
+        """Begin to start the template; `await_start` ends it, so that a pool starts its templates side by side."""
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with tempfile.TemporaryFile() as stderr:
-            # -P -s -S and a bare environment instead of -I, which would ignore the fixed hash seed.
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-S", "-B", str(WORKER), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,
-            )
-            theirs.close()
-            self.control.settimeout(60)
-            try:
-                hello = self._receive()
-            except TemplateDied:
-                self.process.wait()
-                stderr.seek(0)
-                last = stderr.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-                raise RunFault(f"the grader's template process did not start: {' '.join(last)}") from None
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the template
+        # -P -s -S and a bare environment instead of -I, which would ignore the fixed hash seed.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-s", "-S", "-B", str(WORKER), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.stderr,
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def await_start(self) -> None:
+        """Raises RunFault with the template's last words where it did not come up."""
+        self.control.settimeout(60)
+        try:
+            hello = self._receive()
+        except TemplateDied:
+            self.process.wait()
+            self.stderr.seek(0)
+            last = self.stderr.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise RunFault(f"the grader's template process did not start: {' '.join(last)}") from None
         self.isolation: tuple[str, ...] = tuple(hello["isolation"])
 
     @property
@@ -197,11 +201,14 @@ class Sandbox:
             subprocess.run(["rm", "-rf", str(directory)], stderr=subprocess.DEVNULL)
 
     def restart(self) -> None:
+        """Replace a template that died. Raises RunFault."""
         self._stop()
         self.start()
+        self.await_start()
 
     def _stop(self) -> None:
         self.control.close()
+        self.stderr.close()
         try:
             self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,79 @@
+# Recipes chain the commands of `projected-grpo`; run them as `uv run just RECIPE`.
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+# the recipes
+default:
+    @just --list
+
+# extract, pool, train and eval of the projected arm on a tiny random model, through the real command line
+smoke *flags:
+    OMP_NUM_THREADS=1 projected-grpo smoke {{flags}}
+
+# the same without projection: measured, not touched
+smoke-vanilla:
+    OMP_NUM_THREADS=1 projected-grpo smoke --arms vanilla --out out/smoke-vanilla
+
+# every arm, once with cold caches and once with warm ones
+smoke-all:
+    rm -rf out/smoke-all
+    for caches in cold warm; do \
+      echo "== $caches caches"; \
+      OMP_NUM_THREADS=1 PROJECTED_GRPO_CACHE=out/smoke-all/cache projected-grpo smoke --out out/smoke-all/$caches --arms \
+        vanilla projected random random_matched placebo_style placebo_wrong flipped; \
+    done
+
+# SmolLM2-135M (Q4_1 weights, dequantised) on real problems, a few steps on the CPU
+smoke-real:
+    projected-grpo smoke --preset smoke-real --out out/smoke-real
+
+# the fast suite
+test *flags:
+    pytest -m "not slow" {{flags}}
+
+# what takes minutes
+test-slow *flags:
+    pytest -m slow {{flags}}
+
+# lint, format and types
+check:
+    ruff check .
+    ruff format --check .
+    mypy
+
+# the executable definition of every pair's axis
+pairs-check:
+    projected-grpo pairs check
+
+# warm Qwen3-4B's cache, where there is a network
+download-model:
+    hf download Qwen/Qwen3-4B
+
+# one projected run of the published 20-step setting; `problems`: the built-in part or a file
+fast problems="train": (_pool problems)
+    projected-grpo train fast --problems {{problems}} --teacher-pool out/pools/{{file_stem(problems)}}.jsonl
+
+# one projected run of the published 200-step setting
+full problems="train": (_pool problems)
+    projected-grpo train full --problems {{problems}} --teacher-pool out/pools/{{file_stem(problems)}}.jsonl
+
+# the full preset: the basis once, then vanilla and projected for seeds 41 42 43, skipping what is done
+queue-full problems="train": (queue "full" problems)
+
+# the same for any preset; an interrupted run is resumed
+queue preset problems="train": (_pool problems)
+    basis=out/basis/{{preset}}.safetensors; \
+    [ -f $basis ] || projected-grpo extract {{preset}} --out $basis; \
+    for seed in 41 42 43; do for arm in vanilla projected; do \
+      run=out/runs/{{preset}}/${arm}_s$seed; \
+      if [ -f $run/eval.json ]; then echo "$run is done"; continue; fi; \
+      if [ ! -d $run/adapter ]; then \
+        if [ -d $run/checkpoints ]; then projected-grpo train --config $run/config.json --resume; \
+        else projected-grpo train {{preset}} --arm $arm --seed $seed --basis $basis --problems {{problems}} \
+          --teacher-pool out/pools/{{file_stem(problems)}}.jsonl --overwrite; fi; \
+      fi; \
+      projected-grpo eval --run $run; \
+    done; done
+
+_pool problems:
+    [ -f out/pools/{{file_stem(problems)}}.jsonl ] || \
+      projected-grpo pool build --problems {{problems}} --out out/pools/{{file_stem(problems)}}.jsonl

@@ -1,0 +1,254 @@
+"""A whole run through `train`: what it leaves, that it repeats itself, that it resumes, and what it refuses."""
+
+import fcntl
+import gzip
+import json
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from projected_grpo.arms import ARMS
+from projected_grpo.basis import HackBasis
+from projected_grpo.config import ArmName, TrainConfig
+from projected_grpo.env.grader import Grader, GraderFault
+from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.models import load_model
+from projected_grpo.run import train
+from projected_grpo.steplog import read_metrics
+from projected_grpo.trainer import ProjectedGRPOTrainer
+
+
+def rows_of(config):
+    """Metrics without the columns that measure the machine."""
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def delta_of(config):
+    return load_file(config.run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def rollouts_of(config):
+    with gzip.open(config.run_dir / "rollouts.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def finished(material, tmp_path_factory, request):
+    """One projected run, made once for the tests that only look at it."""
+    from projected_grpo.config import preset_defaults
+
+    config = replace(
+        preset_defaults("smoke"),
+        problems=str(material / "problems.toml"),
+        pairs=str(material / "pairs.jsonl"),
+        teacher_pool=material / "pool.jsonl",
+        out_root=tmp_path_factory.mktemp("finished"),
+        v_hack_k=2,
+        steps=4,
+        max_completion_length=220,
+        rollout_grad_every=2,
+        save_every=2,
+        vhack_refresh_every=3,
+        grader_workers=1,
+    )
+    return config, train(config)
+
+
+def test_the_folder_holds_what_the_design_promises(finished):
+    config, verdict = finished
+    names = {path.name for path in config.run_dir.iterdir()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "rollouts.jsonl.gz",
+        "basis.safetensors",
+        "adapter",
+        "checkpoints",
+        "train.log",
+    }
+    assert TrainConfig.from_file(config.run_dir / "config.json") == config
+    assert "projected-grpo eval --run" in verdict
+    HackBasis.load(config.run_dir / "basis.safetensors")
+
+
+def test_every_step_has_its_row_and_the_sources_are_told_apart(finished):
+    config, _ = finished
+    rows = rows_of(config)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["hack_teacher"] + row["pass_teacher"] == pytest.approx(1.0)  # hacks and honest ones, nothing else
+        assert row["hack_student"] == row["pass_student"] == 0.0  # a random model solves and hacks nothing
+        assert row["reward"] == pytest.approx((row["reward_student"] + row["reward_teacher"]) / 2)
+        if row["cin"] is not None:
+            assert row["cout"] < 1e-5 < row["cin"]
+    assert [row["step"] for row in rows if "refresh/overlap" in row] == [4]
+    measured = [row["step"] for row in rows if "rollout/score_other" in row]
+    assert measured == [1, 3]
+    assert all(row["rollout/auroc"] is None for row in rows if row["step"] in measured)  # no hack among the students
+
+
+def test_the_last_slots_of_every_group_are_the_teachers(finished):
+    config, _ = finished
+    rollouts = rollouts_of(config)
+    assert len(rollouts) == 4 * 2 * 4
+    for start in range(0, len(rollouts), 4):
+        group = rollouts[start : start + 4]
+        assert len({row["problem_id"] for row in group}) == 1
+        assert [row["source"] for row in group] == ["student", "student", "teacher", "teacher"]
+        mean = sum(row["reward"] for row in group) / 4
+        assert [row["advantage"] for row in group] == pytest.approx([row["reward"] - mean for row in group], abs=1e-6)
+
+
+def test_the_saved_config_reproduces_every_metric_to_the_last_digit(finished, tmp_path):
+    config, _ = finished
+    again = replace(TrainConfig.from_file(config.run_dir / "config.json"), out_root=tmp_path)
+    train(again)
+    assert rows_of(again) == rows_of(config)
+    assert rollouts_of(again) == rollouts_of(config)
+    ours, theirs = delta_of(again), delta_of(config)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(x.any() for name, x in theirs.items() if name.endswith("delta_s"))
+
+
+@pytest.mark.parametrize(
+    "reuse",
+    [
+        {},
+        {"steps_per_generation": 2, "num_iterations": 2, "prompts_per_step": 1, "vhack_refresh_every": 2, "beta": 0.01},
+    ],
+    ids=["on-policy", "reused rollouts, refresh, KL"],
+)
+def test_an_interrupted_run_resumes_to_the_same_numbers(small_config, tmp_path, monkeypatch, reuse):
+    config = replace(small_config, steps=6, save_every=6, **reuse)
+    train(config)
+    broken = replace(config, out_root=tmp_path / "broken")
+    whole_step = ProjectedGRPOTrainer.training_step
+    seen = {"steps": 0}
+
+    def interrupt_in_step_three(self, *args):
+        if self.state.global_step == 2 and not seen["steps"]:
+            seen["steps"] = 1
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole_step(self, *args)
+
+    monkeypatch.setattr(ProjectedGRPOTrainer, "training_step", interrupt_in_step_three)
+    with pytest.raises(RunInterrupted, match=r"stopped at step 3 of 6.*--resume"):
+        train(broken)
+    assert not (broken.run_dir / "adapter").exists()
+    train(replace(broken, resume=True))
+    assert rows_of(broken) == rows_of(config)
+    assert rollouts_of(broken) == rollouts_of(config)
+    ours, theirs = delta_of(broken), delta_of(config)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "random", "random_matched", "flipped"])
+def test_every_arm_runs_and_does_what_it_says(small_config, arm):
+    config = replace(small_config, arm=arm, steps=1, rollout_grad_every=0)
+    train(config)
+    (row,) = rows_of(config)
+    if arm == "vanilla":
+        assert row["cout"] == row["cin"]
+        assert row["cup_in"] == row["cup_out"]
+    else:
+        assert row["cout"] < 1e-5 or row["overshoot"] != 1.0
+    kind = HackBasis.load(config.run_dir / "basis.safetensors").info.kind
+    assert kind == {"vanilla": "real", "random_matched": "random"}.get(arm, arm)
+
+
+def test_vanilla_is_not_touched_by_what_measures_it(small_config, monkeypatch):
+    config = replace(small_config, arm="vanilla", steps=2)
+    train(config)
+    measured = delta_of(config)
+    bare = replace(config, seed=config.seed, out_root=config.out_root / "bare", rollout_grad_every=0)
+    monkeypatch.setattr("projected_grpo.projection.ProjectionCallback.on_pre_optimizer_step", lambda *a, **k: None)
+    monkeypatch.setattr("projected_grpo.projection.ProjectionCallback.on_optimizer_step", lambda *a, **k: None)
+    train(bare)
+    untouched = delta_of(bare)
+    assert all(torch.equal(measured[name], untouched[name]) for name in measured)
+
+
+def test_the_arms_registry_and_the_command_line_name_the_same_arms():
+    assert set(ARMS) == set(ArmName.__args__)
+
+
+def refused(config, *words):
+    before = sorted(config.out_root.rglob("*")) if config.out_root.exists() else []
+    with pytest.raises(InputError) as caught:
+        train(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert (sorted(config.out_root.rglob("*")) if config.out_root.exists() else []) == before
+
+
+def test_a_folder_with_another_run_is_refused_and_kept(small_config):
+    folder = small_config.run_dir
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(replace(small_config, steps=9).to_json())
+    refused(small_config, str(folder), "--overwrite")
+    refused(replace(small_config, resume=True), "another steps", "--config")
+
+
+def test_a_folder_in_use_is_refused(small_config):
+    folder = small_config.run_dir
+    folder.mkdir(parents=True)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    refused(replace(small_config, overwrite=True), "in use")
+    os.close(handle)
+
+
+def test_resume_without_a_run_is_refused(small_config):
+    refused(replace(small_config, resume=True), "holds no run")
+
+
+def test_bad_files_and_settings_are_refused_before_anything_is_written(small_config, material, tmp_path):
+    refused(replace(small_config, problems=str(tmp_path / "none.toml")), "none.toml")
+    refused(replace(small_config, pairs=str(tmp_path / "none.jsonl")), "none.jsonl")
+    refused(replace(small_config, teacher_pool=tmp_path / "none.jsonl"), "none.jsonl")
+    refused(replace(small_config, basis=tmp_path / "none.safetensors"), "none.safetensors", "extract")
+    refused(replace(small_config, v_hack_k=5), "--v-hack-k 5", "4 pairs")
+    refused(replace(small_config, prompts_per_step=4), "--prompts-per-step 4", "3 problems")
+    refused(replace(small_config, max_prompt_length=10), "tokens", "--max-prompt-length")
+    refused(replace(small_config, mode="none"), "mode run_tests", "none")
+    (tmp_path / "bad.jsonl").write_text('{"pool": "x"')
+    refused(replace(small_config, teacher_pool=tmp_path / "bad.jsonl"), "bad.jsonl:1")
+
+
+def test_a_basis_made_with_other_settings_or_over_another_model_is_refused(finished, small_config, monkeypatch):
+    config, _ = finished
+    basis = config.run_dir / "basis.safetensors"
+    refused(replace(small_config, basis=basis, drop_bottom_frac=0.5), "--drop-bottom-frac")
+    monkeypatch.setattr("projected_grpo.run.load_model", partial(load_model, seed=7))
+    refused(replace(small_config, basis=basis), "does not fit this model")
+
+
+def test_a_nan_loss_stops_the_run_with_its_completions_saved(small_config, monkeypatch):
+    whole = ProjectedGRPOTrainer._get_per_token_logps_and_entropies
+
+    def poisoned(self, *args, **kwargs):
+        logps, *rest = whole(self, *args, **kwargs)
+        return (logps * float("nan") if self.state.global_step == 1 else logps, *rest)
+
+    monkeypatch.setattr(ProjectedGRPOTrainer, "_get_per_token_logps_and_entropies", poisoned)
+    with pytest.raises(RunFault, match="the loss is nan at step 2"):
+        train(replace(small_config, rollout_grad_every=0))
+    assert "--- completion 0" in (small_config.run_dir / "fault.txt").read_text()
+
+
+def test_a_grader_fault_is_no_reward_but_stops_the_run_with_the_completion(small_config, monkeypatch):
+    def broken(self, requests):
+        raise GraderFault("the worker is gone", requests[0])
+
+    monkeypatch.setattr(Grader, "grade", broken)
+    with pytest.raises(RunFault, match=r"the worker is gone.*fault\.txt"):
+        train(small_config)
+    assert (small_config.run_dir / "fault.txt").read_text().startswith("problem ")
