@@ -93,6 +93,11 @@ class FingerprintDict(BufferDict):
 class DeltaSLinear(nn.Module, BaseTunerLayer):
     """A frozen `nn.Linear` with one `delta_s` per adapter over one shared pair of factors `u`, `vh`."""
 
+    u: Float[Tensor, "d_out r"]
+    vh: Float[Tensor, "r d_in"]
+    fingerprint: UInt8[Tensor, "40"]
+    set_adapter: Any  # of BaseTunerLayer, which mypy does not follow
+
     adapter_layer_names = ("delta_s",)
     other_param_names = ("delta_s_fingerprint",)
 
@@ -102,7 +107,7 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.delta_s = nn.ParameterDict()
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self.recorder: RowGradRecorder | None = None
         factors = svd_factors(base_layer.weight)

@@ -10,7 +10,7 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -272,7 +272,7 @@ def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, args
 
 
-def _copy(target: type, shared: type, source: Any, skip: set[str] = frozenset()) -> Any:
+def _copy(target: type, shared: type, source: Any, skip: Set[str] = frozenset()) -> Any:
     """A `target` whose fields of `shared` that `source` has too are taken from `source`."""
     names = {f.name for f in fields(shared)} - skip
     return target(**{name: getattr(source, name) for name in names if hasattr(source, name)})

@@ -214,8 +214,9 @@ class TrainConfig(BasisOptions):
         if not isinstance(values, dict) or (unknown := [key for key in values if key not in known]):
             what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "no JSON object"
             raise InputError(f"config file {path}: {what}; give the config.json of a run of this version")
-        paths = {"out_root", "basis", "teacher_pool"}
-        return cls(**{k: Path(v) if k in paths and v is not None else v for k, v in values.items()})
+        for name in {"out_root", "basis", "teacher_pool"} & values.keys():
+            values[name] = None if values[name] is None else Path(values[name])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ are not independent: the spread of the problems' own rates over the square root 
 import json
 import statistics
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def evaluate(config: EvalConfig) -> dict:
         grades = grader.grade(
             [GradeRequest(p, text, mode, name) for (p, mode, name), text in zip(requests, texts, strict=True)]
         )
-    modes = {
+    modes: dict[str, dict] = {
         mode: summarise([(p.id, g) for (p, m, _), g in zip(requests, grades, strict=True) if m == mode])
         for mode in config.modes
     }
@@ -95,7 +96,7 @@ def summarise(graded: list[tuple[str, Grade]]) -> dict:
     return {"n": len(graded), "rates": rates, "labels": {label: counts[label] for label in LABELS}}
 
 
-def format_table(modes: dict[str, dict], n_problems: int, samples: int) -> str:
+def format_table(modes: Mapping[str, dict], n_problems: int, samples: int) -> str:
     """One row a mode: rates as `rate ± standard error`, then the counts by label."""
     head = f"{'mode':<14}" + "".join(f"{name:>15}" for name in RATES) + "".join(f"{label:>19}" for label in LABELS)
     lines = [f"{n_problems} held-out problems x {samples} samples, ± one standard error over problems", head]
@@ -119,7 +120,7 @@ def _with_adapter(model, adapter: Path) -> PeftModel:
         raise InputError(f"--adapter {adapter} does not fit --model: {error}") from error
 
 
-def _sample(model, prompter: Prompter, requests: list[tuple[Problem, str, str]], config: EvalConfig) -> list[str]:
+def _sample(model, prompter: Prompter, requests: Sequence[tuple[Problem, str, str]], config: EvalConfig) -> list[str]:
     """One completion a request, in order, each with its prefill put back in front."""
     tokenizer = prompter.loaded.tokenizer
     generation = GenerationConfig(

@@ -29,7 +29,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.paths import cache_dir
 
 if TYPE_CHECKING:
-    import torch
+    from peft import PeftModel
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -116,7 +116,7 @@ def chat_template_kwargs(name: str, tokenizer: "PreTrainedTokenizerBase") -> dic
     return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
 
 
-def model_fingerprint(model: "torch.nn.Module") -> str:
+def model_fingerprint(model: "PreTrainedModel | PeftModel") -> str:
     """16 hex digits that name the base model: its architecture and every weight, whatever adapter is around it.
 
     Values are hashed as float32, so that a bfloat16 model and its float32 copy agree. Adapters must be unmerged.
@@ -131,7 +131,7 @@ def model_fingerprint(model: "torch.nn.Module") -> str:
 
     def digest(name: str) -> str:
         values = parameters[name].detach().float().contiguous().cpu().numpy()
-        return hashlib.sha256(values).hexdigest()
+        return hashlib.sha256(values.data).hexdigest()
 
     names = sorted(parameters)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets go of the GIL: a 4B model is 16 GB of float32

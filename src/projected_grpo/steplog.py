@@ -385,8 +385,8 @@ def format_verdict(
     lines.append(f"           (means of the first {len(first)} -> the last {len(last)} steps)")
     cin, null, cout = (_mean(rows, key) for key in ("cin", "cin_null", "cout"))
     times = f" ({cin / null:.1f} times)" if cin is not None and null else ""
-    cin, null, cout = (_fit(share, ".3f", 12) for share in (cin, null, cout))
-    lines.append(f"  gradient cin {cin} beside its null {null}{times}, cout {cout} (means of all steps)")
+    shown = [_fit(share, ".3f", 12) for share in (cin, null, cout)]
+    lines.append(f"  gradient cin {shown[0]} beside its null {shown[1]}{times}, cout {shown[2]} (means of all steps)")
     parts = [_mean(rows, f"time/{part}") for part in ("step", "generation", "grading", "update")]
     step, generation, grading, update = (_fit(part, ".2f", 12) for part in parts)
     lines.append(f"  seconds  {step} a step: generation {generation}, grading {grading}, update {update}")

@@ -70,7 +70,8 @@ def svd_factors(weight: Float[Tensor, "d_out d_in"], cache: Path | None = None) 
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity, so it has no SVD")
     u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    factors = Factors(*(x.float().cpu().contiguous() for x in (u, s, vh)), weight_hash)
+    u, s, vh = (x.float().cpu().contiguous() for x in (u, s, vh))
+    factors = Factors(u, s, vh, weight_hash)
     _write_entry(entry, factors)
     return factors
 
@@ -126,7 +127,8 @@ def _read_entry(entry: Path, weight_hash: bytes, shape: torch.Size) -> Factors |
     try:
         with safe_open(entry, framework="pt") as file:
             # Cloned into memory aligned as torch's own: products round by alignment, cold and warm must agree.
-            factors = Factors(*(file.get_tensor(name).clone() for name in ("u", "s", "vh")), weight_hash)
+            u, s, vh = (file.get_tensor(name).clone() for name in ("u", "s", "vh"))
+            factors = Factors(u, s, vh, weight_hash)
             stored = (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError, KeyError) as error:
         logger.warning(f"SVD cache entry {entry} cannot be read ({error}); computing it again")

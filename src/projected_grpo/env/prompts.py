@@ -118,7 +118,11 @@ def _parameters(method: ast.FunctionDef) -> list[str]:
 
 def _signature_end(lines: list[str], method: ast.FunctionDef) -> int:
     """Number of lines up to and including the method's head, which may run over several."""
-    nodes = [*method.args.args, *method.args.defaults, *([method.returns] if method.returns else [])]
+    nodes: list[ast.arg | ast.expr] = [
+        *method.args.args,
+        *method.args.defaults,
+        *([method.returns] if method.returns else []),
+    ]
     last = max([method.lineno, *(node.end_lineno or 0 for node in nodes)])
     while last < method.body[0].lineno and not re.search(r":\s*(#.*)?$", lines[last - 1]):
         last += 1
