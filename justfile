@@ -28,7 +28,7 @@ smoke-real:
 
 # the fast suite
 test *flags:
-    pytest -m "not slow" {{flags}}
+    pytest -n 2 --dist loadfile -m "not slow" {{flags}}
 
 # what takes minutes
 test-slow *flags:
@@ -61,18 +61,7 @@ queue-full problems="train": (queue "full" problems)
 
 # the same for any preset; an interrupted run is resumed
 queue preset problems="train": (_pool problems)
-    basis=out/basis/{{preset}}.safetensors; \
-    [ -f $basis ] || projected-grpo extract {{preset}} --out $basis; \
-    for seed in 41 42 43; do for arm in vanilla projected; do \
-      run=out/runs/{{preset}}/${arm}_s$seed; \
-      if [ -f $run/eval.json ]; then echo "$run is done"; continue; fi; \
-      if [ ! -d $run/adapter ]; then \
-        if [ -d $run/checkpoints ]; then projected-grpo train --config $run/config.json --resume; \
-        else projected-grpo train {{preset}} --arm $arm --seed $seed --basis $basis --problems {{problems}} \
-          --teacher-pool out/pools/{{file_stem(problems)}}.jsonl --overwrite; fi; \
-      fi; \
-      projected-grpo eval --run $run; \
-    done; done
+    scripts/queue.sh {{preset}} {{problems}}
 
 _pool problems:
     [ -f out/pools/{{file_stem(problems)}}.jsonl ] || \

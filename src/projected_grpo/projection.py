@@ -10,7 +10,7 @@ knowledge of rewards, problems or the trainer's rollouts; a stock TRL or Transfo
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -48,13 +48,17 @@ class Projector:
 
     basis: HackBasis
     gate: Gate = "one_sided"
+    _placed: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def select(self, grads: Grads) -> dict[str, Tensor]:
         """The projected modules' gradients; a module without a kept axis is not projected and not measured."""
         return {name: grads[name] for name in self.basis.directions}
 
     def _v(self, name: str, like: Tensor) -> Tensor:
-        return self.basis.directions[name].to(like.device, like.dtype)
+        key = name, like.device, like.dtype
+        if key not in self._placed:  # moved to the gradients' device once
+            self._placed[key] = self.basis.directions[name].to(like.device, like.dtype)
+        return self._placed[key]
 
     def project(self, grads: Grads, overshoot: float = 1.0, preserve_magnitude: bool = False) -> dict[str, Tensor]:
         """Projected gradients of the projected modules; `preserve_magnitude` restores their joint norm."""

@@ -154,6 +154,7 @@ def _train(
                 f"projected-grpo train --config {config.run_dir / 'config.json'} --resume"
             )
         trainer.save_model(str(folder / "adapter"))
+        (folder / "adapter" / "README.md").write_text(_model_card(config))
         callback.basis.save(folder / "basis.safetensors")
         files = {
             "metrics": folder / "metrics.jsonl",
@@ -162,6 +163,19 @@ def _train(
             "adapter": folder / "adapter",
         }
         return log.verdict(files, f"projected-grpo eval --run {folder}")
+
+
+def _model_card(config: TrainConfig) -> str:
+    return f"""---
+base_model: {config.model}
+library_name: peft
+---
+A `delta_S` adapter of `{config.model}`: arm {config.arm}, preset {config.preset}, seed {config.seed},
+{config.steps} steps. It loads over the same weights in the same precision ({config.dtype}) only:
+
+    import projected_grpo  # teaches PEFT the method DELTA_S
+    model = PeftModel.from_pretrained(base_model, this_folder)
+"""
 
 
 def _projection(
