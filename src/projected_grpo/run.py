@@ -22,6 +22,7 @@ from projected_grpo.adapter import DeltaSConfig
 from projected_grpo.arms import ARMS
 from projected_grpo.basis import HackBasis, check_top_k
 from projected_grpo.config import TrainConfig
+from projected_grpo.encoding import encode_completion
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import Problem, problems_of
 from projected_grpo.env.rewards import CodeReward
@@ -64,6 +65,12 @@ def train(config: TrainConfig) -> str:
     if pool is not None:
         by_id = {problem.id: problem for problem in problems}
         texts = [prompter.completion(by_id[row.problem_id], row.completion) for row in pool.rows]
+        long = sum(len(encode_completion(loaded.tokenizer, text)) > config.max_completion_length for text in texts)
+        if long:
+            logger.warning(
+                f"{long} of {len(texts)} teacher rollouts are longer than --max-completion-length "
+                f"{config.max_completion_length}; they are cut there and graded as cut"
+            )
         pool = TeacherPool([replace(r, completion=t) for r, t in zip(pool.rows, texts, strict=True)], pool.header)
     model = get_peft_model(loaded.model, DeltaSConfig())
     callback = _projection(config, model, prompter, basis)
