@@ -9,6 +9,10 @@ basis=out/basis/$preset.safetensors
 for seed in 41 42 43; do
   for arm in vanilla projected; do
     run=out/runs/$preset/${arm}_s$seed
+    if [ -f "$run/config.json" ] && ! grep -qF "\"problems\": \"$problems\"" "$run/config.json"; then
+      echo "error: $run was made with other problems; move it away" >&2
+      exit 2
+    fi
     if [ -f "$run/eval.json" ]; then
       echo "$run is done"
       continue

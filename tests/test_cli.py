@@ -41,6 +41,10 @@ def refused(capsys, args, *words):
         (["train", "smoke", "--drop-bottom-frac", "1"], ["--drop-bottom-frac 1.0"]),
         (["train", "smoke", "--group-size", "1", "--micro-batch", "1"], ["--group-size 1"]),
         (["train", "smoke", "--arm", "random", "--vhack-refresh-every", "2"], ["--vhack-refresh-every", "random"]),
+        (["train", "smoke", "--micro-batch", "0"], ["--micro-batch 0 must be at least 1"]),
+        (["train", "smoke", "--rollout-grad-every", "-1"], ["--rollout-grad-every -1"]),
+        (["train", "smoke", "--learning-rate", "0"], ["--learning-rate 0.0 must be positive"]),
+        (["train", "smoke", "--top-p", "0"], ["--top-p 0.0"]),
         (["train", "--config", "none.json"], ["none.json", "does not exist"]),
         (["train", "--config"], ["--config needs a value"]),
         (["eval", "--run", "nowhere"], ["nowhere", "does not exist"]),
@@ -60,6 +64,11 @@ def test_a_bad_argument_is_one_line_that_names_it_and_exit_code_two(capsys, args
         ("[]", ["no JSON object"]),
         ('{"stepz": 3}', ["unknown key 'stepz'"]),
         ('{"mix_ratio": 0.5}', ["--mix-ratio 0.5 needs --teacher-pool"]),
+        ('{"arm": "foo"}', ["config.json: arm 'foo'", "vanilla"]),
+        ('{"steps": "10"}', ["steps '10'", "int"]),
+        ('{"steps": true}', ["steps True"]),
+        ('{"basis": 3}', ["basis 3"]),
+        ('{"steps": 0}', ["--steps 0 must be at least 1"]),
     ],
 )
 def test_a_bad_config_file_is_refused(capsys, tmp_path, text, words):

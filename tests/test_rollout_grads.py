@@ -133,7 +133,7 @@ def slow_score(trainer, prompt, completion):
     for name, v in trainer.projection.basis.directions.items():
         for row in v:
             c = float(row @ grads[name])
-            hits += c * c if c > 0 or trainer.projection.projector.gate == "no_gate" else 0.0
+            hits += c * c if c > 0 else 0.0
         energy += float(grads[name] @ grads[name])
     return (hits / energy) ** 0.5
 

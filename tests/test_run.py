@@ -4,8 +4,9 @@ import fcntl
 import gzip
 import json
 import os
+import shutil
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 
 from projected_grpo.arms import ARMS
 from projected_grpo.basis import HackBasis
-from projected_grpo.config import ArmName, TrainConfig
+from projected_grpo.config import ArmName, BasisOptions, ExtractConfig, TrainConfig
 from projected_grpo.env.grader import Grader, GraderFault
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.extract import extract
 from projected_grpo.models import load_model
 from projected_grpo.run import train
 from projected_grpo.steplog import read_metrics
@@ -148,16 +150,22 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(small_config, tmp_path, 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("arm", ["vanilla", "random", "random_matched", "flipped"])
-def test_every_arm_runs_and_does_what_it_says(small_config, arm):
-    config = replace(small_config, arm=arm, steps=1, rollout_grad_every=0)
+@pytest.mark.parametrize("arm", ["vanilla", "random", "random_matched", "flipped", "placebo_style", "placebo_wrong"])
+def test_every_arm_runs_and_does_what_it_says(small_config, arm, finished):
+    config = replace(small_config, arm=arm, steps=1, rollout_grad_every=0, max_grad_norm=0.0)
     train(config)
     (row,) = rows_of(config)
+    (whole, projected) = row["grad_norm"], row["grad_norm_projected"]
     if arm == "vanilla":
         assert row["cout"] == row["cin"]
         assert row["cup_in"] == row["cup_out"]
+        assert projected == pytest.approx(whole, rel=1e-6)
+    elif arm == "random_matched":  # what is gone is the real basis's share, whatever direction it went in
+        real = rows_of(finished[0])[0]["cin"]
+        assert row["overshoot"] * row["cin"] == pytest.approx(real, rel=1e-5)
     else:
-        assert row["cout"] < 1e-5 or row["overshoot"] != 1.0
+        assert row["cout"] < 1e-5
+        assert projected == pytest.approx(whole * (1 - row["cin"] ** 2) ** 0.5, rel=1e-4)
     kind = HackBasis.load(config.run_dir / "basis.safetensors").info.kind
     assert kind == {"vanilla": "real", "random_matched": "random"}.get(arm, arm)
 
@@ -206,6 +214,42 @@ def test_a_folder_in_use_is_refused(small_config):
     os.close(handle)
 
 
+def test_a_kill_that_tears_files_and_a_checkpoint_costs_no_more_than_the_steps_since(finished, tmp_path):
+    config, _ = finished
+    torn = replace(config, out_root=tmp_path)
+    shutil.copytree(config.run_dir, torn.run_dir)
+    shutil.rmtree(torn.run_dir / "adapter")
+    (torn.run_dir / "config.json").write_text(torn.to_json())
+    (torn.run_dir / "checkpoints" / "checkpoint-4" / "basis.safetensors").unlink()  # written last: so it is not whole
+    for name, cut in (("rollouts.jsonl.gz", 5), ("metrics.jsonl", 9)):
+        path = torn.run_dir / name
+        path.write_bytes(path.read_bytes()[:-cut])
+    train(replace(torn, resume=True))
+    assert rows_of(torn) == rows_of(config)
+    assert rollouts_of(torn) == rollouts_of(config)
+
+
+def test_a_resume_before_the_first_checkpoint_begins_again(finished, tmp_path):
+    config, _ = finished
+    early = replace(config, out_root=tmp_path, steps=1, save_every=1)
+    early.run_dir.mkdir(parents=True)
+    (early.run_dir / "config.json").write_text(early.to_json())
+    shutil.copy(config.run_dir / "rollouts.jsonl.gz", early.run_dir)
+    train(replace(early, resume=True))
+    assert rows_of(early) == rows_of(config)[:1]
+    assert rollouts_of(early) == rollouts_of(config)[:8]
+
+
+def test_a_basis_of_a_trained_policy_is_no_basis_for_a_new_run(finished, small_config):
+    config, _ = finished  # it was refreshed
+    refused(replace(small_config, basis=config.run_dir / "basis.safetensors"), "trained policy")
+
+
+def test_several_processes_are_refused_in_one_line(small_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(small_config, "one process")
+
+
 def test_resume_without_a_run_is_refused(small_config):
     refused(replace(small_config, resume=True), "holds no run")
 
@@ -223,9 +267,10 @@ def test_bad_files_and_settings_are_refused_before_anything_is_written(small_con
     refused(replace(small_config, teacher_pool=tmp_path / "bad.jsonl"), "bad.jsonl:1")
 
 
-def test_a_basis_made_with_other_settings_or_over_another_model_is_refused(finished, small_config, monkeypatch):
-    config, _ = finished
-    basis = config.run_dir / "basis.safetensors"
+def test_a_basis_made_with_other_settings_or_over_another_model_is_refused(small_config, monkeypatch):
+    basis = small_config.out_root.parent / "basis.safetensors"
+    names = {field.name for field in fields(BasisOptions)}
+    extract(ExtractConfig(**{name: getattr(small_config, name) for name in names}, out=basis))
     refused(replace(small_config, basis=basis, drop_bottom_frac=0.5), "--drop-bottom-frac")
     monkeypatch.setattr("projected_grpo.run.load_model", partial(load_model, seed=7))
     refused(replace(small_config, basis=basis), "does not fit this model")

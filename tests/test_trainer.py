@@ -19,7 +19,7 @@ from projected_grpo.pool import load_pool
 from projected_grpo.projection import ProjectionCallback, joint_norm
 from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.run import _grpo_config
-from projected_grpo.trainer import ProjectedGRPOTrainer
+from projected_grpo.trainer import SOURCES, ProjectedGRPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def make_trainer(config, material, grader, double=False):
     rows = []
     trainer = ProjectedGRPOTrainer(
         model=model,
-        args=_grpo_config(config, config.run_dir, prompter),
+        args=_grpo_config(config, prompter),
         train_dataset=Dataset.from_list(prompt_rows(prompter, problems, "run_tests")),
         processing_class=loaded.tokenizer,
         projection=ProjectionCallback(basis, measure_only=True),
@@ -66,7 +66,8 @@ class SpyOnGradients(ProjectionCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         whole = {name: p.grad.clone() for name, p in delta_s_parameters(model).items()}
-        parts = {source: dict(grads) for source, grads in self.trainer._source_grads.items()}
+        sums = self.trainer._source_grads
+        parts = {source: {name: rows[i] for name, rows in sums.items()} for i, source in enumerate(SOURCES)}
         self.seen.append((whole, parts, self.trainer._grad_norm))
         super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
 

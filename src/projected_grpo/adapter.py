@@ -69,7 +69,7 @@ class FingerprintDict(BufferDict):
     """The fingerprint under which each adapter was trained, all equal to `here`, that of this module: an adapter of
     another decomposition is refused whichever way it comes in, copied (PEFT) or set in place (Transformers)."""
 
-    def __init__(self, here: UInt8[Tensor, "40"]) -> None:
+    def __init__(self, here: UInt8[Tensor, "160"]) -> None:
         super().__init__({}, persistent=True)
         self.here = here
 
@@ -95,7 +95,7 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
 
     u: Float[Tensor, "d_out r"]
     vh: Float[Tensor, "r d_in"]
-    fingerprint: UInt8[Tensor, "40"]
+    fingerprint: UInt8[Tensor, "160"]
     set_adapter: Any  # of BaseTunerLayer, which mypy does not follow
 
     adapter_layer_names = ("delta_s",)

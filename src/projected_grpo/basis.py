@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from projected_grpo.adapter import delta_s_modules
+from projected_grpo.adapter import delta_s_modules, delta_s_parameters
 from projected_grpo.errors import InputError
 from projected_grpo.models import model_fingerprint
 from projected_grpo.pair_gradients import TokenReduction, pair_gradients
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from projected_grpo.pairs import PairSet
 
-FILE_FORMAT = "1"
+FILE_FORMAT = "2"
 DEFAULT_TOP_K = 12
 DEFAULT_DROP_BOTTOM_FRAC = 0.25
 
@@ -53,6 +53,9 @@ class BasisInfo:
     token_reduction: str = "sum"
     temperature: float = 1.0
     dtype: str = "float32"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    delta_norm: float = 0.0
+    """Joint norm of δ where it was extracted: 0 is the untouched model."""
     seed: int | None = None
     code_version: str = __version__
 
@@ -75,14 +78,14 @@ class HackBasis:
     singular_values: (k,), of the kept axes.
     coefficients: (n_pairs, k), D Vᵀ.
     spectrum: (min(n_pairs, r),), all singular values of D, also for modules without a kept axis.
-    fingerprints: 40 bytes, the decomposition that the coordinates belong to.
+    fingerprints: 160 bytes, the decomposition that the coordinates belong to.
     """
 
     directions: dict[str, Float[Tensor, "k r"]]
     singular_values: dict[str, Float[Tensor, " k"]]
     coefficients: dict[str, Float[Tensor, "n k"]]
     spectrum: dict[str, Float[Tensor, " m"]]
-    fingerprints: dict[str, UInt8[Tensor, "40"]]
+    fingerprints: dict[str, UInt8[Tensor, "160"]]
     info: BasisInfo = field(default_factory=BasisInfo)
 
     @classmethod
@@ -154,6 +157,9 @@ class HackBasis:
             model_fingerprint=fingerprint or model_fingerprint(model),
             token_reduction=token_reduction,
             temperature=temperature,
+            chat_template_kwargs=chat_template_kwargs or {},
+            delta_norm=sum(p.detach().double().square().sum().item() for p in delta_s_parameters(model).values())
+            ** 0.5,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
         fingerprints = {name: module.fingerprint for name, module in delta_s_modules(model).items()}
@@ -163,7 +169,7 @@ class HackBasis:
     def from_pair_gradients(
         cls,
         pair_grads: Mapping[str, Float[Tensor, "n r"]],
-        fingerprints: Mapping[str, UInt8[Tensor, "40"]],
+        fingerprints: Mapping[str, UInt8[Tensor, "160"]],
         info: BasisInfo,
         top_k: int = DEFAULT_TOP_K,
         drop_bottom_frac: float = DEFAULT_DROP_BOTTOM_FRAC,

@@ -26,7 +26,7 @@ from projected_grpo.config import (
     TrainConfig,
     preset_defaults,
 )
-from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.errors import InputError, RunFault, RunInterrupted, saving_faults
 
 PROG = "projected-grpo"
 DEFAULT_PRESET = "full"
@@ -159,16 +159,17 @@ def pool_build(args: list[str]) -> None:
     from projected_grpo.env.problems import problems_of
     from projected_grpo.pool import build_pool
 
-    pool = build_pool(
-        problems_of(options.problems),
-        options.completions,
-        options.out,
-        name=options.out.stem,
-        hack_share=options.hack_share,
-        rows_per_problem=options.rows_per_problem,
-        workers=options.workers,
-        overwrite=options.overwrite,
-    )
+    with saving_faults(options.out.with_suffix(".fault.txt")):
+        pool = build_pool(
+            problems_of(options.problems),
+            options.completions,
+            options.out,
+            name=options.out.stem,
+            hack_share=options.hack_share,
+            rows_per_problem=options.rows_per_problem,
+            workers=options.workers,
+            overwrite=options.overwrite,
+        )
     labels = ", ".join(f"{n} {label}" for label, n in Counter(row.label for row in pool.rows).most_common())
     logger.info(f"wrote {options.out}: {len(pool)} rollouts for {len(pool.problem_ids)} problems ({labels})")
 

@@ -7,7 +7,8 @@ built. `config.json` in a run's folder is the resolved config; `train --config F
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from projected_grpo.errors import InputError
 
@@ -21,6 +22,26 @@ ModeName = Literal["run_tests", "none"]
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _at_least(config: object, name: str, least: int) -> None:
+    value = getattr(config, name)
+    _require(value >= least, f"{_flag(name)} {value} must be at least {least}")
+
+
+def _is_a(value: object, hint: object) -> bool:
+    """Whether a value read from JSON is of a field's type; a whole number stands for a float."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_is_a(value, part) for part in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is (str if hint is Path else hint)
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,7 @@ class TrainConfig(BasisOptions):
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up."""
     max_grad_norm: float = 1.0
-    """Gradient clipping, before the projection."""
+    """Gradient clipping, before the projection; 0 does not clip."""
     beta: float = 0.0
     """Weight of the KL term; its reference policy is the model with the adapter disabled."""
     gradient_checkpointing: bool = True
@@ -157,6 +178,28 @@ class TrainConfig(BasisOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "micro_batch",
+            "steps_per_generation",
+            "num_iterations",
+            "save_every",
+        ):
+            _at_least(self, name, 1)
+        for name in (
+            "rollout_grad_every",
+            "vhack_refresh_every",
+            "warmup_steps",
+            "beta",
+            "weight_decay",
+            "max_grad_norm",
+        ):
+            _at_least(self, name, 0)
+        for name in ("overshoot", "learning_rate"):
+            _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")
+        _at_least(self, "max_completion_length", 1)
+        _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
         rows = self.prompts_per_step * self.group_size
         _require(self.group_size >= 2, f"--group-size {self.group_size}: an advantage needs at least 2 completions")
         _require(
@@ -178,8 +221,6 @@ class TrainConfig(BasisOptions):
             f"--mix-ratio {self.mix_ratio} needs --teacher-pool; build one with `projected-grpo pool build`, or set "
             "--mix-ratio 0",
         )
-        _require(self.overshoot > 0, f"--overshoot {self.overshoot} must be positive")
-        _require(self.vhack_refresh_every >= 0, f"--vhack-refresh-every {self.vhack_refresh_every} is negative")
         _require(
             not (self.vhack_refresh_every and self.arm in ("random", "random_matched")),
             f"--vhack-refresh-every with arm {self.arm}: random directions do not go stale; leave it out",
@@ -214,8 +255,14 @@ class TrainConfig(BasisOptions):
         if not isinstance(values, dict) or (unknown := [key for key in values if key not in known]):
             what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "no JSON object"
             raise InputError(f"config file {path}: {what}; give the config.json of a run of this version")
-        for name in {"out_root", "basis", "teacher_pool"} & values.keys():
-            values[name] = None if values[name] is None else Path(values[name])
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if not _is_a(value, hints[name]):
+                raise InputError(
+                    f"config file {path}: {name} {value!r} is not {getattr(hints[name], '__name__', hints[name])}"
+                )
+            if isinstance(value, str) and name in ("out_root", "basis", "teacher_pool"):
+                values[name] = Path(value)
         return cls(**values)
 
 
@@ -250,7 +297,8 @@ class EvalConfig(ModelOptions):
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "max_completion_length"):
-            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+            _at_least(self, name, 1)
+        _require(self.limit is None or self.limit >= 1, f"--limit {self.limit} must be at least 1")
         _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
         _require(bool(self.modes), "--modes names no mode")
 

@@ -5,9 +5,26 @@
 and exits 1. Everything else is a bug and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(Exception):
     """Something the user gave is wrong. The message is one line: the thing, what is wrong with it, and the fix."""
+
+
+@contextmanager
+def saving_faults(path: Path) -> Iterator[None]:
+    """A fault is never a reward of 0: what caused it is saved in `path` and the fault goes on, naming it."""
+    try:
+        yield
+    except RunFault as fault:
+        if fault.completion is None:
+            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"problem {fault.problem_id}\n{fault.completion}\n")
+        raise RunFault(f"{fault}; what caused it is in {path}") from fault
 
 
 class RunInterrupted(Exception):

@@ -23,7 +23,7 @@ from projected_grpo.encoding import encode_prompt
 from projected_grpo.env.grader import LABELS, Grade, Grader, GradeRequest
 from projected_grpo.env.problems import Problem, problems_of
 from projected_grpo.env.prompts import eval_test_func_name
-from projected_grpo.errors import InputError
+from projected_grpo.errors import InputError, saving_faults
 from projected_grpo.models import load_model
 from projected_grpo.prompting import Prompter
 
@@ -55,7 +55,7 @@ def evaluate(config: EvalConfig) -> dict:
     ]
     set_seed(config.seed)
     texts = _sample(model, prompter, requests, config)
-    with Grader(workers=config.grader_workers) as grader:
+    with saving_faults(config.out.with_suffix(".fault.txt")), Grader(workers=config.grader_workers) as grader:
         grades = grader.grade(
             [GradeRequest(p, text, mode, name) for (p, mode, name), text in zip(requests, texts, strict=True)]
         )

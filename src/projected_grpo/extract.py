@@ -72,6 +72,11 @@ def pairs_of(options: BasisOptions, name: str | None = None) -> PairSet:
     if name is None:
         return pairs
     placebo = load_pairs(name)
+    if len(placebo) < len(pairs):
+        raise InputError(
+            f"placebo set {name!r} has {len(placebo)} pairs, the real set {len(pairs)}, and a control needs as many; "
+            f"set --n-pairs {len(placebo)} for both"
+        )
     return select(placebo, n=len(pairs), seed=0) if len(pairs) < len(placebo) else placebo
 
 

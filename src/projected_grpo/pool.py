@@ -238,8 +238,9 @@ def _read_completions(path: Path, problems: Sequence[Problem]) -> list[GradeRequ
             raise InputError(f"{path}:{line}: names problem {problem_id!r}, which the problems given do not hold")
         if not isinstance(row.get("completion"), str):
             raise InputError(f"{path}:{line}: field `completion` is missing or no text")
-        mode, func = row.get("mode") or "run_tests", row.get("test_func_name") or "run_tests"
-        requests.append(GradeRequest(by_id[problem_id], row["completion"], mode, func))
+        if (func := row.get("test_func_name") or "run_tests") != "run_tests":
+            raise InputError(f"{path}:{line}: names the test function {func!r}; training asks for run_tests only")
+        requests.append(GradeRequest(by_id[problem_id], row["completion"], row.get("mode") or "run_tests"))
     return requests
 
 

@@ -9,8 +9,10 @@ At an untouched start the adapter is the identity and so is the callback on a ze
 knowledge of rewards, problems or the trainer's rollouts; a stock TRL or Transformers trainer is enough.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +24,7 @@ from projected_grpo.adapter import delta_s_parameters
 from projected_grpo.basis import HackBasis
 from projected_grpo.errors import InputError
 
+BASIS_FILE = "basis.safetensors"  # in every checkpoint
 Gate = Literal["one_sided", "no_gate", "reverse"]
 ProjectTarget = Literal["grad", "update", "both"]
 Grads = Mapping[str, Float[Tensor, " r"]]
@@ -54,7 +57,8 @@ class Projector:
         """The projected modules' gradients; a module without a kept axis is not projected and not measured."""
         return {name: grads[name] for name in self.basis.directions}
 
-    def _v(self, name: str, like: Tensor) -> Tensor:
+    def v(self, name: str, like: Tensor) -> Float[Tensor, "k r"]:
+        """V of one module, on the device and in the dtype of `like`."""
         key = name, like.device, like.dtype
         if key not in self._placed:  # moved to the gradients' device once
             self._placed[key] = self.basis.directions[name].to(like.device, like.dtype)
@@ -63,7 +67,7 @@ class Projector:
     def project(self, grads: Grads, overshoot: float = 1.0, preserve_magnitude: bool = False) -> dict[str, Tensor]:
         """Projected gradients of the projected modules; `preserve_magnitude` restores their joint norm."""
         before = self.select(grads)
-        after = {name: project(g, self._v(name, g), self.gate, overshoot) for name, g in before.items()}
+        after = {name: project(g, self.v(name, g), self.gate, overshoot) for name, g in before.items()}
         # Of a gradient wholly inside the removed span only rounding is left, which has no norm to restore.
         if preserve_magnitude and (norm := joint_norm(after)) > 1e-5 * joint_norm(before):
             scale = joint_norm(before) / norm
@@ -76,7 +80,7 @@ class Projector:
         norm = joint_norm(chosen)
         if norm == 0:
             return None
-        coefficients = {name: self._v(name, g) @ g for name, g in chosen.items()}
+        coefficients = {name: self.v(name, g) @ g for name, g in chosen.items()}
         if self.gate != "no_gate":
             coefficients = {name: c.relu() for name, c in coefficients.items()}
         return joint_norm(coefficients) / norm
@@ -98,18 +102,27 @@ class Projector:
     def fired(self, grads: Grads) -> float | None:
         """Share of the projected modules from which the gate takes something; None over an empty basis."""
         chosen = self.select(grads)
-        hits = sum(bool(hackward_part(g, self._v(name, g), self.gate).any()) for name, g in chosen.items())
+        hits = sum(bool(hackward_part(g, self.v(name, g), self.gate).any()) for name, g in chosen.items())
         return hits / len(chosen) if chosen else None
 
     def coordinates(self, vectors: Grads) -> Float[Tensor, " n_axes"]:
         """V x over all kept axes of all modules."""
-        along = [self._v(name, x) @ x for name, x in self.select(vectors).items()]
+        along = [self.v(name, x) @ x for name, x in self.select(vectors).items()]
         return torch.cat(along) if along else torch.empty(0)
 
 
 def joint_norm(vectors: Mapping[str, Tensor]) -> float:
     """Norm of the concatenation, in float64."""
-    return sum(x.double().square().sum().item() for x in vectors.values()) ** 0.5
+    if not vectors:
+        return 0.0
+    return torch.stack([x.double().square().sum() for x in vectors.values()]).sum().sqrt().item()
+
+
+def _means(rows: list[dict]) -> dict[str, float]:
+    """Mean of every metric over the steps in which it had a value."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
 
 
 class ProjectionCallback(TrainerCallback):
@@ -162,6 +175,7 @@ class ProjectionCallback(TrainerCallback):
         self.refresh = refresh
         self.metrics: dict[str, float | int | None] = {}
         self._before: dict[str, Tensor] = {}
+        self._since_log: list[dict] = []
 
     @property
     def basis(self) -> HackBasis:
@@ -172,12 +186,19 @@ class ProjectionCallback(TrainerCallback):
         self.projector = Projector(basis, self.projector.gate)
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / BASIS_FILE
+        if state.global_step and saved.is_file():  # a resumed run goes on with the basis that it had
+            self.set_basis(HackBasis.load(saved))
+        frozen = [name for name, p in delta_s_parameters(model).items() if not p.requires_grad]
+        if frozen:
+            raise ValueError(f"delta_s of {frozen[0]} is frozen, so there is no gradient to project; make it trainable")
         for projector in filter(None, (self.projector, self.match)):
             projector.basis.check_fits(model)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.metrics = {}
         if self.refresh_every and state.global_step and state.global_step % self.refresh_every == 0:
+            started = time.perf_counter()
             new = self.refresh()
             overlap = new.overlap(self.basis)
             self.metrics |= {
@@ -185,6 +206,7 @@ class ProjectionCallback(TrainerCallback):
                 "refresh/overlap_null": overlap.null,
                 "refresh/modules_came": overlap.n_came,
                 "refresh/modules_went": overlap.n_went,
+                "time/refresh": time.perf_counter() - started,
             }
             self.set_basis(new)
 
@@ -192,6 +214,8 @@ class ProjectionCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
         parameters = delta_s_parameters(model)
         chosen = self.projector.select(parameters)
+        if all(p.grad is None for p in parameters.values()):
+            raise RuntimeError("no gradient has reached delta_s, so there is nothing to project or to measure")
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
         overshoot = self._overshoot_for(grads)
         self.metrics |= {
@@ -230,9 +254,17 @@ class ProjectionCallback(TrainerCallback):
         self.metrics |= {name: half.mean().item() if len(half) else None for name, half in halves.items()}
         self._before = {}
 
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.basis.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / BASIS_FILE)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._since_log.append(self.metrics)
+
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs) -> None:
         if logs is not None and "loss" in logs:
-            ours = {f"projection/{name}": value for name, value in self.metrics.items() if value is not None}
+            ours = {f"projection/{name}": value for name, value in _means(self._since_log).items()}
+            self._since_log = []
             logs.update(ours)  # for the callbacks after this one
             state.log_history[-1].update(ours)  # the trainer put its own copy there already
 

@@ -1,7 +1,7 @@
 """How hack-ward is each rollout's own gradient, and does that tell hacks from the rest (METHOD 5).
 
-The score of a rollout is the `hack_share` of its own -∇ log π: unit advantage, no KL term. With the advantage left in,
-the score's sign would merely read back the reward. Cost: one more forward and backward over the step's rows.
+The score of a rollout is ‖relu(V g)‖ / ‖g‖ of its own g = -∇ log π: unit advantage, no KL term. With the advantage
+left in, the score's sign would merely read back the reward. Cost: one more forward and backward over the step's rows.
 """
 
 from typing import TYPE_CHECKING
@@ -54,8 +54,12 @@ def _row_scores(trainer: "ProjectedGRPOTrainer", batch: dict[str, Tensor]) -> Te
             batch["completion_ids"].shape[1],
         )
         torch.autograd.grad(-(logps * batch["completion_mask"]).sum(), list(parameters.values()))
-    by_name = {trainer.module_names[module]: grads for module, grads in rows.items()}
+    # One-sided whatever the arm's gate takes out: a detector has to know where a gradient points.
     projector = trainer.projection.projector
-    n_rows = len(batch["completion_ids"])
-    shares = [projector.hack_share({name: grads[i] for name, grads in by_name.items()}) for i in range(n_rows)]
-    return torch.tensor([0.0 if share is None else share for share in shares], device=batch["advantages"].device)
+    hackward = energy = torch.zeros(len(batch["completion_ids"]), dtype=torch.float64, device=logps.device)
+    for module, grads in rows.items():
+        name = trainer.module_names[module]
+        if name in projector.basis.directions:
+            hackward = hackward + (grads @ projector.v(name, grads).T).relu().double().square().sum(1)
+            energy = energy + grads.double().square().sum(1)
+    return torch.where(energy > 0, hackward / energy, 0.0).sqrt()

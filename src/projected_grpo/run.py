@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import signal
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from datasets import Dataset
 from loguru import logger
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from projected_grpo.adapter import DeltaSConfig
@@ -26,11 +26,11 @@ from projected_grpo.encoding import encode_completion
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import Problem, problems_of
 from projected_grpo.env.rewards import CodeReward
-from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.errors import InputError, RunInterrupted, saving_faults
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import load_model
 from projected_grpo.pool import TeacherPool, load_pool
-from projected_grpo.projection import ProjectionCallback
+from projected_grpo.projection import BASIS_FILE, ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.steplog import StepLog
 from projected_grpo.trainer import ProjectedGRPOTrainer
@@ -48,6 +48,8 @@ def train(config: TrainConfig) -> str:
         RunFault: a NaN loss or a fault of the grader; the completions that caused it are in the folder.
         RunInterrupted: Ctrl-C; there is a checkpoint to go on from.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("`train` runs in one process; start it without a distributed launcher")
     _check_folder(config)
     problems = problems_of(config.problems)
     check_top_k(config.v_hack_k, len(pairs_of(config)))
@@ -74,8 +76,9 @@ def train(config: TrainConfig) -> str:
         pool = TeacherPool([replace(r, completion=t) for r, t in zip(pool.rows, texts, strict=True)], pool.header)
     model = get_peft_model(loaded.model, DeltaSConfig())
     callback = _projection(config, model, prompter, basis)
+    args = _grpo_config(config, prompter)
     with _run_folder(config) as folder:
-        return _train(config, folder, model, prompter, problems, pool, callback)
+        return _train(config, folder, args, model, prompter, problems, pool, callback)
 
 
 def _basis_of(config: TrainConfig) -> HackBasis | None:
@@ -86,6 +89,10 @@ def _basis_of(config: TrainConfig) -> HackBasis | None:
     info = basis.info
     if info.kind != "real":
         raise InputError(f"--basis {config.basis} is a {info.kind} control; give the real basis and name the --arm")
+    if info.delta_norm:
+        raise InputError(
+            f"--basis {config.basis} was extracted from a trained policy; extract one from the model itself"
+        )
     for flag, theirs, ours in (
         ("--pairs", info.pair_set_sha256, pairs_of(config).sha256),
         ("--v-hack-k", info.top_k, config.v_hack_k),
@@ -121,14 +128,15 @@ def _teacher_pool(config: TrainConfig, problems: list[Problem]) -> TeacherPool |
 def _train(
     config: TrainConfig,
     folder: Path,
+    args: GRPOConfig,
     model: PeftModel,
     prompter: Prompter,
     problems: list[Problem],
     pool: TeacherPool | None,
     callback: ProjectionCallback,
 ) -> str:
-    checkpoint = get_last_checkpoint(folder / "checkpoints") if config.resume else None
-    start_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    checkpoint = _last_checkpoint(folder) if config.resume else None
+    start_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     with (
         Grader(workers=config.grader_workers) as grader,
         StepLog(folder, config.arm, config.gate, config.project_target, config.steps, start_step=start_step) as log,
@@ -139,7 +147,7 @@ def _train(
             logger.warning(prompter.loaded.note)
         trainer = ProjectedGRPOTrainer(
             model=model,
-            args=_grpo_config(config, folder, prompter),
+            args=args,
             train_dataset=Dataset.from_list(prompt_rows(prompter, problems, config.mode)),
             processing_class=prompter.loaded.tokenizer,
             projection=callback,
@@ -150,11 +158,14 @@ def _train(
             on_row=log.row,
             on_rollouts=_RolloutFile(folder / ROLLOUTS, start_step),
         )
+        if "ref" in trainer.model.peft_config:
+            # TRL's copy of a ready adapter; at δ = 0 the disabled adapter is the same reference, and free.
+            trainer.model.delete_adapter("ref")
         trainer.remove_callback(PrinterCallback)  # the step log is this and more
         stopper = StopOnInterrupt()
         trainer.add_callback(stopper)
-        with _saving_faults(folder), stopper.listening():
-            trainer.train(resume_from_checkpoint=checkpoint)
+        with saving_faults(folder / "fault.txt"), stopper.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stopper.stopped and trainer.state.global_step < config.steps:
             raise RunInterrupted(
                 f"stopped at step {trainer.state.global_step} of {config.steps} with a checkpoint; go on with "
@@ -207,11 +218,11 @@ def _projection(
     )
 
 
-def _grpo_config(config: TrainConfig, folder: Path, prompter: Prompter) -> GRPOConfig:
+def _grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
     rows = config.prompts_per_step * config.group_size
     accumulation = rows // config.micro_batch
     return GRPOConfig(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(config.run_dir / "checkpoints"),
         seed=config.seed,
         loss_type="dr_grpo",
         scale_rewards="none",
@@ -271,14 +282,23 @@ class StopOnInterrupt(TrainerCallback):
         return control
 
 
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole: the basis is its last file."""
+    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        if (path / BASIS_FILE).is_file():
+            return path
+        logger.warning(f"{path} was not written to its end; going on from the one before it")
+    return None
+
+
 class _RolloutFile:
-    """Appends every generation's labelled rollouts; on resume the rows after `start_step` are dropped first."""
+    """Appends every generation's labelled rollouts; rows after `start_step`, and what a kill has torn, go first."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         self.path = path
-        if start_step and path.exists():
-            with gzip.open(path, "rt") as file:
-                kept = [line for line in file if json.loads(line)["step"] <= start_step]
+        if path.exists():
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step]
             temporary = path.with_name(path.name + ".tmp")
             with gzip.open(temporary, "wt") as file:
                 file.writelines(kept)
@@ -289,17 +309,9 @@ class _RolloutFile:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-@contextmanager
-def _saving_faults(folder: Path) -> Iterator[None]:
-    """A fault is never a reward of 0: the completions that caused it are saved and the run stops."""
-    try:
-        yield
-    except RunFault as fault:
-        if fault.completion is None:
-            raise
-        path = folder / "fault.txt"
-        path.write_text(f"problem {fault.problem_id}\n{fault.completion}\n")
-        raise RunFault(f"{fault}; what caused it is in {path}") from fault
+def _whole_lines(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt") as file, suppress(EOFError, gzip.BadGzipFile, zlib.error):
+        yield from (line for line in file if line.endswith("\n"))
 
 
 def _check_folder(config: TrainConfig) -> None:

@@ -161,7 +161,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("pass_teacher", "pass_t", 6, ".2f", "pass_s of the cached teacher rows",
            "as hack_t, the pool's own rate"),
     Column("loss", "loss", 9, ".4f", "GRPO loss",
-           "near 0; its level says nothing, and NaN ends the run"),
+           "small; its level says nothing, and NaN ends the run"),
     Column("grad_norm", "gnorm", 8, ".4f", "norm of the gradient of δ before clipping and projection",
            "above 0; 0 where every group agrees, and then the ratios are '-'"),
     Column("cin_s", "cin_s", 7, ".3f", "cin of the student's rows alone", _cin),
@@ -178,8 +178,8 @@ COLUMNS: tuple[Column, ...] = (
            "most of a step; grows with the completions' length"),
     Column("time/grading", "t_grade", 7, ".1f", "seconds of grading",
            "well below t_gen; when not, completions run into the limits or there are too few workers"),
-    Column("time/update", "t_update", 8, ".1f", "seconds of loss, gradients, projection and optimiser",
-           "steady, but for steps that refresh the basis or measure single rollouts"),
+    Column("time/update", "t_update", 8, ".1f", "seconds of the rest: loss, gradients, projection, optimiser",
+           "steady; refreshing the basis and measuring rollouts are apart, as time/refresh and time/rollout_grads"),
 )
 # fmt: on
 

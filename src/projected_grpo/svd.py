@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +26,8 @@ from torch import Tensor
 from projected_grpo.paths import cache_dir
 
 CACHE_FORMAT = "2"
-FINGERPRINT_BYTES = 40  # sha256 of the weight (32) and the probe as a float64 (8)
+PROBE_SIZE = 16
+FINGERPRINT_BYTES = 32 + 8 * PROBE_SIZE  # sha256 of the weight, and the probe in float64
 PROBE_TOLERANCE = 1e-6
 _PROBE_SEED = 20260101
 
@@ -76,39 +77,39 @@ def svd_factors(weight: Float[Tensor, "d_out d_in"], cache: Path | None = None) 
     return factors
 
 
-def probe_factors(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"]) -> float:
-    """A number that tells decompositions apart: a seeded functional of U diag(ξ) Vh η.
+def probe_factors(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"]) -> Float64[Tensor, "16"]:
+    """Numbers that tell decompositions apart: 16 seeded readings ζᵀ w of w = U diag(ξ) Vh η, in float64.
 
-    ξ, η and the reading ζ are drawn from one fixed seed; the value is ζᵀ U diag(ξ) Vh η / r in float64. Flipping the
-    sign of a singular pair leaves U diag(ξ) Vh as it is and rightly leaves the probe as it is too; a rotation inside
-    a degenerate subspace, which changes what δ means, changes it.
+    ξ, η and the ζ are drawn from one fixed seed. Flipping the sign of a singular pair leaves U diag(ξ) Vh as it is and
+    rightly leaves the probe as it is too; a rotation inside a degenerate subspace, which changes what δ means, changes
+    it.
     """
     generator = torch.Generator().manual_seed(_PROBE_SEED)
-    xi, eta, zeta = (
-        torch.randn(n, generator=generator, dtype=torch.float64) for n in (u.shape[1], vh.shape[1], u.shape[0])
-    )
-    value = zeta @ (u.detach().double().cpu() @ (xi * (vh.detach().double().cpu() @ eta)))
-    return value.item() / u.shape[1]
+    xi, eta = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (u.shape[1], vh.shape[1]))
+    zeta = torch.randn(PROBE_SIZE, u.shape[0], generator=generator, dtype=torch.float64)
+    return zeta @ (u.detach().double().cpu() @ (xi * (vh.detach().double().cpu() @ eta)))
 
 
-def pack_fingerprint(weight_hash: bytes, probe: float) -> UInt8[Tensor, "40"]:
-    """Hash and probe as 40 bytes: an integer tensor survives every dtype cast that a model may go through."""
-    return torch.frombuffer(bytearray(weight_hash + struct.pack("<d", probe)), dtype=torch.uint8).clone()
+def pack_fingerprint(weight_hash: bytes, probe: Float64[Tensor, "16"]) -> UInt8[Tensor, "160"]:
+    """Hash and probe as bytes: an integer tensor survives every dtype cast that a model may go through."""
+    packed = weight_hash + struct.pack(f"<{PROBE_SIZE}d", *probe.tolist())
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).clone()
 
 
-def unpack_fingerprint(fingerprint: UInt8[Tensor, "40"]) -> tuple[bytes, float]:
+def unpack_fingerprint(fingerprint: UInt8[Tensor, "160"]) -> tuple[bytes, Float64[Tensor, "16"]]:
     """Inverse of `pack_fingerprint`: (sha256 of W, probe)."""
     raw = bytes(fingerprint.cpu().tolist())
-    return raw[:32], struct.unpack("<d", raw[32:])[0]
+    return raw[:32], torch.tensor(struct.unpack(f"<{PROBE_SIZE}d", raw[32:]), dtype=torch.float64)
 
 
-def fingerprint_mismatch(saved: UInt8[Tensor, "40"], here: UInt8[Tensor, "40"]) -> str | None:
+def fingerprint_mismatch(saved: UInt8[Tensor, "160"], here: UInt8[Tensor, "160"]) -> str | None:
     """Why something saved over one decomposition means nothing over another, or None when they are the same."""
     (saved_hash, saved_probe), (hash_here, probe_here) = unpack_fingerprint(saved), unpack_fingerprint(here)
     if saved_hash != hash_here:
         return f"its weight differs (saved over {saved_hash.hex()[:12]}, this model has {hash_here.hex()[:12]})"
-    if not abs(saved_probe - probe_here) <= PROBE_TOLERANCE * max(1.0, abs(probe_here)):  # NaN fits nothing
-        return f"its SVD factors differ (probe {saved_probe:.9g} when saved, {probe_here:.9g} here)"
+    gap, scale = (saved_probe - probe_here).norm().item(), probe_here.norm().item()
+    if not gap <= PROBE_TOLERANCE * scale:  # NaN fits nothing
+        return f"its SVD factors differ (probes {gap:.3g} apart at a norm of {scale:.3g})"
     return None
 
 

@@ -20,11 +20,11 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from projected_grpo.adapter import DeltaSLinear, RowGradRecorder, delta_s_modules
-from projected_grpo.basis import HackBasis
 from projected_grpo.encoding import encode_completion
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import RunFault
@@ -33,7 +33,6 @@ from projected_grpo.projection import ProjectionCallback, joint_norm
 from projected_grpo.rollout_grads import rollout_scores
 
 STATE_FILE = "projected_grpo.pt"
-BASIS_FILE = "basis.safetensors"
 SOURCES = ("student", "teacher")
 
 
@@ -70,12 +69,14 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._pool_order = random.Random(f"{self.args.seed}/{self.accelerator.process_index}")
         self.num_teacher = num_teacher
         self.projection = projection
+        self._timer = _StepTimer()
+        self.add_callback(self._timer)  # before the projection, whose refresh is a part of the step
         self.add_callback(projection)
         self._on_row, self._on_rollouts = on_row, on_rollouts
         self._rollout_grad_every = rollout_grad_every
         self._recorder = RowGradRecorder(self._record)
         self.module_names = {module: name for name, module in delta_s_modules(self.model).items()}
-        self._is_teacher: Tensor | None = None
+        self._source_mask = torch.empty(2, 0, dtype=torch.bool)  # (2, rows) of the micro-batch: student's, teacher's
         self._generation: dict[str, Any] = {}
         self._step_rows: list[dict[str, Tensor]] = []
         self._reset_step()
@@ -161,30 +162,26 @@ class ProjectedGRPOTrainer(GRPOTrainer):
     # --- the split gradient --------------------------------------------------------------------------------------
 
     def _reset_step(self) -> None:
-        self._source_grads: dict[str, dict[str, Tensor]] = {source: {} for source in SOURCES}
-        self._timing = {"generation": 0.0, "grading": 0.0, "step": 0.0, "measuring": 0.0}
+        self._source_grads: dict[str, Tensor] = {}  # (2, r) a module: the student's sum, the teacher's sum
+        self._timing = {"generation": 0.0, "grading": 0.0, "rollout_grads": 0.0}
         self._measured: dict[str, float | None] = {}
         self._loss_sum = 0.0
         self._step_rows = []
 
     def _record(self, module: DeltaSLinear, row_grads: Tensor) -> None:
         name = self.module_names[module]
-        for source, rows in (("student", ~self._is_teacher), ("teacher", self._is_teacher)):
-            if rows.any():
-                grads = self._source_grads[source]
-                total = row_grads[rows].sum(0)
-                grads[name] = grads[name] + total if name in grads else total
+        sums = self._source_mask.to(row_grads.dtype) @ row_grads
+        before = self._source_grads.get(name)
+        self._source_grads[name] = sums if before is None else before + sums
 
     def training_step(self, model, inputs, num_items_in_batch):
-        started = time.perf_counter()
         with self._recorder.attached(self.model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss_sum += loss.item()
-        self._timing["step"] += time.perf_counter() - started
         return loss
 
     def _compute_loss(self, model, inputs):
-        self._is_teacher = inputs["is_teacher"]
+        self._source_mask = torch.stack([~inputs["is_teacher"], inputs["is_teacher"]])
         if self.model.training:
             self._step_rows.append(inputs)
         if "old_per_token_logps" in inputs:
@@ -193,7 +190,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         loss = super()._compute_loss(model, inputs)
         self._loss_inputs = None
         if not math.isfinite(loss.item()):
-            self._fault(f"the loss is {loss.item()}", inputs)
+            self._fault(f"the loss is {loss.item()}", [inputs])
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -205,20 +202,24 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             old[teacher] = logps.detach()[teacher].to(old.dtype)
         return logps, entropies, aux_loss
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
-        self._grad_norm = float(norm)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._grad_norm = float(norm)  # before clipping, with or without it
+        if not math.isfinite(self._grad_norm):
+            self._fault(f"the gradient norm is {self._grad_norm}", self._step_rows)
         every = self._rollout_grad_every
         if every and self.state.global_step % every == 0:
             started = time.perf_counter()
             self._measured = rollout_scores(self, self._step_rows)
-            self._timing["measuring"] = time.perf_counter() - started
-        if not math.isfinite(self._grad_norm):
-            self._fault(f"the gradient norm is {self._grad_norm}", self._step_rows[-1])
+            self._timing["rollout_grads"] = time.perf_counter() - started
         return norm
 
-    def _fault(self, what: str, inputs: dict[str, Tensor]) -> None:
-        texts = self._tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+    def _fault(self, what: str, batches: list[dict[str, Tensor]]) -> None:
+        texts = [
+            text
+            for inputs in batches
+            for text in self._tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+        ]
         batch = "\n".join(f"--- completion {i}\n{text}" for i, text in enumerate(texts))
         raise RunFault(f"{what} at step {self.state.global_step + 1}", completion=batch)
 
@@ -228,13 +229,9 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         """cin_s and cin_t on the sources' own gradients, and their norms in units of the clipped gradient."""
         clip = min(1.0, self.args.max_grad_norm / (self._grad_norm + 1e-6)) if self.args.max_grad_norm else 1.0
         metrics: dict[str, float | None] = {}
-        for source, short in zip(SOURCES, "st", strict=True):
-            own = self._source_grads[source]
-            grads = {
-                name: self.accelerator.reduce(own[name] if name in own else torch.zeros_like(module.u[0]), "mean")
-                * clip
-                for module, name in self.module_names.items()
-            }
+        both = {name: self.accelerator.reduce(sums, "mean") * clip for name, sums in self._source_grads.items()}
+        for i, short in enumerate("st"):
+            grads = {name: sums[i] for name, sums in both.items()}
             share = self.projection.projector.hack_share(grads)
             metrics |= {f"cin_{short}": share, f"grad_norm_{short}": joint_norm(grads)}
         return metrics
@@ -244,10 +241,10 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
         if not step_ended:
             return
-        timing = self._timing
+        timing = {**self._timing, "step": self._timer.seconds}
         row = {
             "step": self.state.global_step,
-            **self._generation["rates"],
+            **self._generation.pop("rates", _rates([])),  # null where the step reuses a generation
             "loss": self._loss_sum,
             "grad_norm": self._grad_norm,
             **self._source_metrics(),
@@ -257,12 +254,10 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             "entropy": logs.get("entropy"),
             "completion_length": logs.get("completions/mean_length"),
             **self._measured,
-            "time/generation": timing["generation"],
-            "time/grading": timing["grading"],
-            "time/update": timing["step"] - timing["generation"] - timing["grading"],
-            "time/step": timing["step"],
-            "time/rollout_grads": timing["measuring"],
+            **{f"time/{part}": seconds for part, seconds in timing.items()},
         }
+        others = ("time/generation", "time/grading", "time/refresh", "time/rollout_grads")
+        row["time/update"] = row["time/step"] - sum(row.get(part, 0.0) for part in others)
         self._reset_step()
         if self.accelerator.is_main_process:
             self._on_row(row)
@@ -281,12 +276,11 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         state = {
             "micro_step": self._step,
             "buffered_inputs": None if self._step % generate_every == 0 else self._buffered_inputs,
-            "rates": self._generation.get("rates"),
             "pool": self.pool.state_dict() if self.pool is not None else None,
             "pool_order": self._pool_order.getstate(),
         }
-        torch.save(state, folder / STATE_FILE)
-        self.projection.basis.save(folder / BASIS_FILE)
+        torch.save(state, folder / (STATE_FILE + ".tmp"))
+        (folder / (STATE_FILE + ".tmp")).replace(folder / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -295,11 +289,22 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         state = torch.load(Path(checkpoint) / STATE_FILE, weights_only=True)
         self._step = state["micro_step"]
         self._buffered_inputs = state["buffered_inputs"]
-        self._generation = {"rates": state["rates"]}
         if self.pool is not None:
             self.pool.load_state_dict(state["pool"])
             self._pool_order.setstate(state["pool_order"])
-        self.projection.set_basis(HackBasis.load(Path(checkpoint) / BASIS_FILE))
+
+
+class _StepTimer(TrainerCallback):
+    """Wall seconds from the beginning of an optimiser step to its end, without logging and saving."""
+
+    def __init__(self) -> None:
+        self._started = self.seconds = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seconds = time.perf_counter() - self._started
 
 
 class _ByEpoch(Sampler):
