@@ -263,6 +263,8 @@ def test_the_info_says_what_the_basis_was_made_of(tiny, extracted):
         "token_reduction": "mean",
         "temperature": 0.7,
         "dtype": "float32",
+        "chat_template_kwargs": {},
+        "delta_norm": 0.0,
         "seed": None,
         "code_version": __version__,
     }
@@ -405,7 +407,7 @@ def test_what_is_no_basis_file_is_refused(tmp_path):
     ("change", "says"),
     [
         ({"format": "0"}, "format '0'"),
-        ({"format": "2"}, "format '2'"),
+        ({"format": "1"}, "format '1'"),
         ({"modules": None}, "modules"),
         ({"info": None}, "info"),
         ({"modules": 7}, "damaged"),

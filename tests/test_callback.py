@@ -177,11 +177,21 @@ def test_a_step_without_any_gradient_has_null_ratios_and_moves_nothing(target):
     model = build()
     callback = ProjectionCallback(random_rows(model, k=3), project_target=target, preserve_magnitude=True)
     loop = Loop(model, callback)
-    for grads in ({n: torch.zeros_like(d) for n, d in loop.deltas.items()}, dict.fromkeys(loop.deltas)):
-        u = loop.step(grads)
-        assert all(not x.any() for x in u.values())
-        assert [callback.metrics[name] for name in ("cin", "cin_null", "cout", "cup_in", "cup_out")] == [None] * 5
-        assert (callback.metrics["fired"], callback.metrics["v_delta"]) == (0, 0)
+    u = loop.step({n: torch.zeros_like(d) for n, d in loop.deltas.items()})
+    assert all(not x.any() for x in u.values())
+    assert [callback.metrics[name] for name in ("cin", "cin_null", "cout", "cup_in", "cup_out")] == [None] * 5
+    assert (callback.metrics["fired"], callback.metrics["v_delta"]) == (0, 0)
+
+
+def test_gradients_that_never_reach_delta_s_are_no_silent_vanilla_run():
+    model = build()
+    loop = Loop(model, ProjectionCallback(random_rows(model, k=3)))
+    with pytest.raises(RuntimeError, match="no gradient has reached delta_s"):
+        loop.step(dict.fromkeys(loop.deltas))
+    for delta in loop.deltas.values():
+        delta.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        Loop(model, ProjectionCallback(random_rows(model, k=3)))
 
 
 @pytest.mark.parametrize("target", TARGETS)

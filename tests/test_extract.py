@@ -22,6 +22,7 @@ from projected_grpo.models import load_model, model_fingerprint
 from projected_grpo.pair_gradients import pair_gradients
 from projected_grpo.pairs import ContrastivePair, PairSet, load_pairs
 from projected_grpo.prompting import Prompter, prompt_rows
+from projected_grpo.svd import FINGERPRINT_BYTES
 
 N_MODULES = 14  # tiny-random: 2 layers of 7 linear layers
 
@@ -72,7 +73,7 @@ def by_hand(config: ExtractConfig) -> HackBasis:
     model = get_peft_model(loaded.model, DeltaSConfig())
     pairs = load_pairs(config.pairs)
     grads = pair_gradients(model, loaded.tokenizer, pairs.pairs, temperature=config.temperature)
-    prints = {name: torch.zeros(40, dtype=torch.uint8) for name in grads}
+    prints = {name: torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8) for name in grads}
     return HackBasis.from_pair_gradients(
         grads, prints, HackBasis({}, {}, {}, {}, {}).info, config.v_hack_k, config.drop_bottom_frac
     )
@@ -219,7 +220,7 @@ def test_a_control_of_a_missing_or_foreign_basis_is_refused(config, tmp_path):
     refused(missing, "none.safetensors does not exist")
     extract(config)
     foreign = replace(HackBasis.load(config.out), fingerprints={})
-    prints = {name: torch.zeros(40, dtype=torch.uint8) for name in HackBasis.load(config.out).directions}
+    prints = {name: torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8) for name in HackBasis.load(config.out).directions}
     replace(foreign, fingerprints=prints).save(tmp_path / "foreign.safetensors")
     for control in ("random", "flipped", "placebo_style"):
         refused(replace(missing, control=control, like=tmp_path / "foreign.safetensors"), "does not fit this model")

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from projected_grpo.peft_registration import register
 from projected_grpo.svd import (
-    FINGERPRINT_BYTES,
     fingerprint_mismatch,
     pack_fingerprint,
     probe_factors,
@@ -74,10 +73,7 @@ class FingerprintDict(BufferDict):
         self.here = here
 
     def check(self, adapter_name: str, saved: Tensor, module_name: str) -> None:
-        if saved.shape == (FINGERPRINT_BYTES,):
-            why = fingerprint_mismatch(saved, self.here)
-        else:
-            why = f"its fingerprint has shape {tuple(saved.shape)}"
+        why = fingerprint_mismatch(saved, self.here)
         if why is not None:
             raise ValueError(
                 f"adapter {adapter_name!r} does not fit {module_name}: {why}; load it over the model and dtype that it "

@@ -186,9 +186,10 @@ class ProjectionCallback(TrainerCallback):
         self.projector = Projector(basis, self.projector.gate)
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / BASIS_FILE
-        if state.global_step and saved.is_file():  # a resumed run goes on with the basis that it had
-            self.set_basis(HackBasis.load(saved))
+        if state.global_step:  # a resumed run goes on with the basis that it had
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / BASIS_FILE
+            if saved.is_file():
+                self.set_basis(HackBasis.load(saved))
         frozen = [name for name, p in delta_s_parameters(model).items() if not p.requires_grad]
         if frozen:
             raise ValueError(f"delta_s of {frozen[0]} is frozen, so there is no gradient to project; make it trainable")
@@ -253,13 +254,11 @@ class ProjectionCallback(TrainerCallback):
         }
         self.metrics |= {name: half.mean().item() if len(half) else None for name, half in halves.items()}
         self._before = {}
+        self._since_log.append(self.metrics)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             self.basis.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / BASIS_FILE)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._since_log.append(self.metrics)
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs) -> None:
         if logs is not None and "loss" in logs:

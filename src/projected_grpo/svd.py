@@ -104,6 +104,8 @@ def unpack_fingerprint(fingerprint: UInt8[Tensor, "160"]) -> tuple[bytes, Float6
 
 def fingerprint_mismatch(saved: UInt8[Tensor, "160"], here: UInt8[Tensor, "160"]) -> str | None:
     """Why something saved over one decomposition means nothing over another, or None when they are the same."""
+    if saved.shape != here.shape:
+        return f"its fingerprint has shape {tuple(saved.shape)}, this version's {tuple(here.shape)}"
     (saved_hash, saved_probe), (hash_here, probe_here) = unpack_fingerprint(saved), unpack_fingerprint(here)
     if saved_hash != hash_here:
         return f"its weight differs (saved over {saved_hash.hex()[:12]}, this model has {hash_here.hex()[:12]})"
