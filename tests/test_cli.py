@@ -45,6 +45,10 @@ def refused(capsys, args, *words):
         (["train", "smoke", "--rollout-grad-every", "-1"], ["--rollout-grad-every -1"]),
         (["train", "smoke", "--learning-rate", "0"], ["--learning-rate 0.0 must be positive"]),
         (["train", "smoke", "--top-p", "0"], ["--top-p 0.0"]),
+        (["train", "smoke", "--seed", "-1"], ["--seed -1"]),
+        (["extract", "smoke", "--device", "bogus", "--out", "out/none/x"], ["--device 'bogus'", "use cpu"]),
+        (["eval", "smoke", "--adapter", "nowhere"], ["nowhere", "adapter_config.json"]),
+        (["eval", "smoke", "--top-p", "0"], ["--top-p 0.0"]),
         (["train", "--config", "none.json"], ["none.json", "does not exist"]),
         (["train", "--config"], ["--config needs a value"]),
         (["eval", "--run", "nowhere"], ["nowhere", "does not exist"]),
@@ -74,6 +78,31 @@ def test_a_bad_argument_is_one_line_that_names_it_and_exit_code_two(capsys, args
 def test_a_bad_config_file_is_refused(capsys, tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
     refused(capsys, ["train", "--config", str(tmp_path / "config.json")], *words)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(capsys, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for command in (["extract", "smoke"], ["pool", "build"], ["eval", "smoke"]):
+        refused(capsys, [*command, "--out", str(tmp_path / "file" / "x")], "cannot be written")
+        refused(capsys, [*command, "--out", str(tmp_path / "file")], "exists", "--overwrite")
+        refused(capsys, [*command, "--out", str(tmp_path), "--overwrite"], "is a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_damaged_adapter_is_refused_in_one_line(capsys, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    args = ["eval", "smoke", "--adapter", str(folder), "--out", str(tmp_path / "eval.json")]
+    refused(capsys, args, "holds no adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    refused(capsys, args, "is damaged")
+
+
+def test_a_policy_is_not_evaluated_on_what_it_trained_on(capsys, tmp_path):
+    args = ["eval", "smoke", "--problems", "train", "--trained-on", "train", "--out", str(tmp_path / "eval.json")]
+    refused(capsys, args, "was trained on", "48 such")
 
 
 def test_the_help_of_everything_ends_well(capsys):

@@ -263,6 +263,11 @@ def test_bad_files_and_settings_are_refused_before_anything_is_written(small_con
     refused(replace(small_config, prompts_per_step=4), "--prompts-per-step 4", "3 problems")
     refused(replace(small_config, max_prompt_length=10), "tokens", "--max-prompt-length")
     refused(replace(small_config, mode="none"), "mode run_tests", "none")
+    surplus = (material / "pool.jsonl").read_text() + (material / "pool.jsonl").read_text().splitlines()[1].replace(
+        '"double"', '"treble"'
+    )
+    (tmp_path / "surplus.jsonl").write_text(surplus + "\n")
+    refused(replace(small_config, teacher_pool=tmp_path / "surplus.jsonl"), "treble", "pool build")
     (tmp_path / "bad.jsonl").write_text('{"pool": "x"')
     refused(replace(small_config, teacher_pool=tmp_path / "bad.jsonl"), "bad.jsonl:1")
 

@@ -27,6 +27,7 @@ from projected_grpo.config import (
     preset_defaults,
 )
 from projected_grpo.errors import InputError, RunFault, RunInterrupted, saving_faults
+from projected_grpo.paths import check_out
 
 PROG = "projected-grpo"
 DEFAULT_PRESET = "full"
@@ -62,7 +63,10 @@ def evaluate(args: list[str]) -> None:
         folder = Path(source)
         run = TrainConfig.from_file(folder / "config.json")
         default = replace(
-            _copy(EvalConfig, EvalConfig, run, skip={"problems"}), adapter=folder / "adapter", out=folder / "eval.json"
+            _copy(EvalConfig, EvalConfig, run, skip={"problems"}),
+            adapter=folder / "adapter",
+            out=folder / "eval.json",
+            trained_on=run.problems,
         )
         config = _parse(EvalConfig, rest, "eval --run FOLDER", default=default)
     else:
@@ -114,6 +118,8 @@ def pairs_check(args: list[str]) -> None:
     from projected_grpo.pair_checks import check_pairs
     from projected_grpo.pairs import load_pairs
 
+    if not options.pairs:
+        raise InputError("--pairs names no set; leave it out for all built-in sets")
     sets = [load_pairs(name) for name in options.pairs]
     refused = []
     with Grader(options.workers) as grader:
@@ -159,6 +165,7 @@ def pool_build(args: list[str]) -> None:
     from projected_grpo.env.problems import problems_of
     from projected_grpo.pool import build_pool
 
+    check_out(options.out, options.overwrite)
     with saving_faults(options.out.with_suffix(".fault.txt")):
         pool = build_pool(
             problems_of(options.problems),
@@ -219,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except RunInterrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 130

@@ -77,6 +77,8 @@ class BasisOptions(ModelOptions):
         _require(self.v_hack_k >= 1, f"--v-hack-k {self.v_hack_k} must be at least 1")
         _require(0 <= self.drop_bottom_frac < 1, f"--drop-bottom-frac {self.drop_bottom_frac} must be in [0, 1)")
         _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
+        _require(0 <= self.seed < 2**32, f"--seed {self.seed} must be in [0, 2^32)")
+        _require(self.n_pairs is None or self.n_pairs >= 1, f"--n-pairs {self.n_pairs} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,8 @@ class TrainConfig(BasisOptions):
             values = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise InputError(f"config file {path}:{error.lineno}: no JSON ({error.msg})") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"config file {path}: no UTF-8 text; give the config.json of a run") from error
         known = {f.name: f for f in fields(cls)}
         if not isinstance(values, dict) or (unknown := [key for key in values if key not in known]):
             what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "no JSON object"
@@ -258,9 +262,8 @@ class TrainConfig(BasisOptions):
         hints = get_type_hints(cls)
         for name, value in values.items():
             if not _is_a(value, hints[name]):
-                raise InputError(
-                    f"config file {path}: {name} {value!r} is not {getattr(hints[name], '__name__', hints[name])}"
-                )
+                kind = get_args(hints[name]) or hints[name].__name__
+                raise InputError(f"config file {path}: {name} {value!r} is not of {kind}")
             if isinstance(value, str) and name in ("out_root", "basis", "teacher_pool"):
                 values[name] = Path(value)
         return cls(**values)
@@ -272,6 +275,8 @@ class EvalConfig(ModelOptions):
     """A saved adapter (a run's `adapter/`); without it the base model is evaluated."""
     problems: str = "eval"
     """Held-out problems: the built-in `eval`, or a .toml or published .jsonl file."""
+    trained_on: str | None = None
+    """Problems that the policy has trained on; to evaluate on one of them is refused (`--run` sets it)."""
     limit: int | None = None
     """Only the first so many problems."""
     samples: int = 8
@@ -300,6 +305,8 @@ class EvalConfig(ModelOptions):
             _at_least(self, name, 1)
         _require(self.limit is None or self.limit >= 1, f"--limit {self.limit} must be at least 1")
         _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
+        _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
+        _at_least(self, "seed", 0)
         _require(bool(self.modes), "--modes names no mode")
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from loguru import logger
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
@@ -25,6 +27,7 @@ from projected_grpo.env.problems import Problem, problems_of
 from projected_grpo.env.prompts import eval_test_func_name
 from projected_grpo.errors import InputError, saving_faults
 from projected_grpo.models import load_model
+from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
 
 RATES = {
@@ -36,11 +39,16 @@ RATES = {
 
 def evaluate(config: EvalConfig) -> dict:
     """Sample, grade, print the table, and write `config.out`; returns what was written."""
-    if config.out.exists() and not config.overwrite:
-        raise InputError(f"--out {config.out} exists; choose another file or add --overwrite")
-    if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
-        raise InputError(f"--adapter {config.adapter} holds no adapter; give a run's adapter/ folder")
+    check_out(config.out, config.overwrite)
+    if config.adapter is not None:
+        _check_adapter(config.adapter)
     problems = problems_of(config.problems)[: config.limit]
+    if config.trained_on is not None:
+        seen = {key for problem in problems_of(config.trained_on) for key in (problem.id, problem.question)}
+        if known := [problem.id for problem in problems if problem.id in seen or problem.question in seen]:
+            raise InputError(
+                f"--problems {config.problems}: {known[0]} was trained on ({len(known)} such); evaluate on other problems"
+            )
     loaded = load_model(config.model, config.dtype, config.device)
     model = loaded.model
     if config.adapter is not None:
@@ -111,6 +119,19 @@ def format_table(modes: Mapping[str, dict], n_problems: int, samples: int) -> st
             + "".join(f"{count:>19}" for count in summary["labels"].values())
         )
     return "\n".join(lines)
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse what is no whole adapter before a model is loaded, and before PEFT asks a hub for what is missing."""
+    for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise InputError(f"--adapter {folder} holds no {name}; give a finished run's adapter/ folder")
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            file.keys()
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"--adapter {folder} is damaged ({error}); take it from its run again") from error
 
 
 def _with_adapter(model, adapter: Path) -> PeftModel:

@@ -13,6 +13,7 @@ from projected_grpo.controls import flipped_basis, random_basis
 from projected_grpo.errors import InputError
 from projected_grpo.models import load_model, model_fingerprint
 from projected_grpo.pairs import PairSet, load_pairs, select
+from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
 
 SHARE_AT = (1, 2, 4, 8, 12, 24)
@@ -82,8 +83,7 @@ def pairs_of(options: BasisOptions, name: str | None = None) -> PairSet:
 
 def extract(config: ExtractConfig) -> HackBasis:
     """Write the basis, or the control of one, that `config` asks for, and print its table."""
-    if config.out.exists() and not config.overwrite:
-        raise InputError(f"--out {config.out} exists; choose another file or add --overwrite")
+    check_out(config.out, config.overwrite)
     real = HackBasis.load(config.like) if config.like is not None else None
     check_top_k(config.v_hack_k, len(pairs_of(config)))
     loaded = load_model(config.model, config.dtype, config.device)

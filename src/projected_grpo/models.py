@@ -94,14 +94,28 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None, see
     import torch
     from transformers import AutoModelForCausalLM
 
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
     source = _source(name, seed)
     tokenizer = _load_tokenizer(name, source)
     with _refusing(name), _quiet(name in BUILT_IN):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     style: PromptStyle = "prefill" if "smollm2-135m" in name.lower() else "chat"
     return LoadedModel(model.to(device).eval(), tokenizer, style, name, _note(name, seed))
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, or this process's GPU where there is one, else the CPU."""
+    import torch
+
+    if name is None:
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name!r}: there is no GPU here; use cpu")
+    return name
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from projected_grpo.errors import InputError
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -18,3 +20,18 @@ def cache_dir(*parts: str) -> Path:
     override = os.environ.get("PROJECTED_GRPO_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "projected_grpo"
     return (Path(override) if override else base).joinpath(*parts)
+
+
+def check_out(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work is done, an output file that exists already or could not be written.
+
+    Raises:
+        InputError: it exists and `overwrite` is off, it is a folder, or a file stands where its folder should be.
+    """
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"--out {path} exists; choose another file or add --overwrite")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--out {path} cannot be written: {parent} is no folder that one can write to")

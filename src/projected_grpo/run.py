@@ -52,7 +52,13 @@ def train(config: TrainConfig) -> str:
         raise InputError("`train` runs in one process; start it without a distributed launcher")
     _check_folder(config)
     problems = problems_of(config.problems)
-    check_top_k(config.v_hack_k, len(pairs_of(config)))
+    pairs = pairs_of(config)
+    check_top_k(config.v_hack_k, len(pairs))
+    statements = {problem.question for problem in problems}
+    if shared := [pair.id for pair in pairs if pair.problem is not None and pair.problem.question in statements]:
+        raise InputError(
+            f"pair {shared[0]} is over a training problem ({len(shared)} such); pairs and training must not share any"
+        )
     needed = config.prompts_per_step * config.steps_per_generation
     if needed > len(problems):
         raise InputError(
@@ -116,6 +122,11 @@ def _teacher_pool(config: TrainConfig, problems: list[Problem]) -> TeacherPool |
         raise InputError(
             f"teacher pool {config.teacher_pool} has no rollout for {len(missing)} problems (first: {missing[0]}); "
             "build it over the training problems with `projected-grpo pool build`"
+        )
+    if unknown := sorted(pool.problem_ids - {problem.id for problem in problems}):
+        raise InputError(
+            f"teacher pool {config.teacher_pool} has rollouts of {unknown[0]}, no problem of {config.problems}; build it "
+            "over the training problems with `projected-grpo pool build`"
         )
     if others := sorted({row.mode for row in pool.rows} - {config.mode}):
         raise InputError(
