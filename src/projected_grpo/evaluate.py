@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig) -> dict:
         seen = {key for problem in problems_of(config.trained_on) for key in (problem.id, problem.question)}
         if known := [problem.id for problem in problems if problem.id in seen or problem.question in seen]:
             raise InputError(
-                f"--problems {config.problems}: {known[0]} was trained on ({len(known)} such); evaluate on other problems"
+                f"--problems {config.problems}: {known[0]} was trained on ({len(known)} such); choose others"
             )
     loaded = load_model(config.model, config.dtype, config.device)
     model = loaded.model

@@ -125,8 +125,8 @@ def _teacher_pool(config: TrainConfig, problems: list[Problem]) -> TeacherPool |
         )
     if unknown := sorted(pool.problem_ids - {problem.id for problem in problems}):
         raise InputError(
-            f"teacher pool {config.teacher_pool} has rollouts of {unknown[0]}, no problem of {config.problems}; build it "
-            "over the training problems with `projected-grpo pool build`"
+            f"teacher pool {config.teacher_pool} has rollouts of {unknown[0]}, no problem of {config.problems}; "
+            "build it over the training problems with `projected-grpo pool build`"
         )
     if others := sorted({row.mode for row in pool.rows} - {config.mode}):
         raise InputError(
