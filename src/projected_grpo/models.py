@@ -118,11 +118,6 @@ def _device(name: str | None) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model, padding on the left; errors as in `load_model`."""
-    return _load_tokenizer(name, _source(name, seed=0))
-
-
 def chat_template_kwargs(name: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Arguments for the chat template of model `name`: thinking switched off where its template knows of it."""
     if tokenizer.chat_template is None:
