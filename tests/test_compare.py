@@ -81,7 +81,7 @@ def test_subclasses_are_equal_to_nothing():
 @given(plain_values)
 def test_wire_format_round_trips(value):
     text = json.dumps(plain.encode(value))
-    back = plain.decode(plain.loads(text))
+    back = plain.Decoder().decode(plain.loads(text))
     assert repr(back) == repr(value) or plain.strict_equal(back, value)
 
 
@@ -117,7 +117,7 @@ def test_worker_encoder_mirrors_ours():
 )
 def test_malformed_wire_values_are_refused(wire):
     with pytest.raises((ValueError, TypeError, KeyError)):
-        plain.decode(wire)
+        plain.Decoder().decode(wire)
 
 
 def test_deep_wire_values_are_refused():
@@ -125,7 +125,7 @@ def test_deep_wire_values_are_refused():
     for _ in range(300):
         deep = [deep]
     with pytest.raises(ValueError, match="deep"):
-        plain.decode(deep)
+        plain.Decoder().decode(deep)
 
 
 def test_plain_test_asks_one_call_and_keeps_the_expected_value():
@@ -215,3 +215,68 @@ def test_hostile_results_cannot_make_the_trusted_side_work_for_ever():
     assert not passes("assert Solution().f(1) * [0] == [0]", 10**12)
     assert not passes("assert 2 ** Solution().f(1) == 4", 10**12)
     assert not passes("assert 1 << Solution().f(1) == 4", 10**12)
+
+
+OPAQUE = plain.Opaque("Always")
+
+
+@pytest.mark.parametrize("result", [OPAQUE, [OPAQUE], {"a": (1, [OPAQUE])}, {OPAQUE}, plain.ListNode((OPAQUE,))])
+@pytest.mark.parametrize(
+    "condition",
+    ["{} != 3", "3 != {}", "not {} == 3", "{} not in (3, 4)", "3 not in [{}]", "{} not in []", "{} is not None"],
+)
+def test_opaque_data_is_neither_equal_nor_unequal_at_any_depth(condition, result):
+    test = f"assert {condition.format('Solution().f(1)')}"
+    assert passes(test, 5)
+    assert not passes(test, result)
+
+
+def test_opaque_data_is_no_different_list():
+    test = "assert not is_same_list(Solution().f(1), list_node([1]))"
+    assert passes(test, plain.ListNode((2,)))
+    assert not passes(test, OPAQUE)
+
+
+@pytest.mark.parametrize(
+    ("test", "right", "wrong"),
+    [
+        ("assert abs(Solution().f(1) - 1.0) < 1e-6", 1, True),
+        ("assert abs(1.0 - Solution().f(1)) < 1e-6", 1.0, True),
+        ("assert abs(Solution().f(1)) == 1", -1, True),
+        ("assert Solution().f(1) + 0 == 1", 1, True),
+        ("assert -Solution().f(1) == -1", 1, True),
+        ("assert round(Solution().f(1), 2) == 1", 1.001, True),
+        ("assert Solution().f(1) >= 1", 1, True),
+        ("assert 0 <= Solution().f(1) < 2", 1, True),
+        ("assert math.isclose(Solution().f(1), 1.0)", 1, True),
+        ("assert isclose(1.0, Solution().f(1), rel_tol=1e-6)", 1, True),
+        ("assert Solution().f(1).count(1) == 2", [1, 1, 0], [1, True, 0]),
+        ("assert Solution().f(1).index(1) == 0", [1, 0], [True, 1]),
+        ("assert Solution().f(1).index(1, 1) == 2", [1, 0, 1], [1, 1, 0]),
+        ("assert Solution().f(1) & True == True", True, False),
+        ("assert Solution().f(1) <= True", False, 0),
+    ],
+)
+def test_a_bool_is_no_number(test, right, wrong):
+    assert passes(test, right)
+    assert not passes(test, wrong)
+
+
+def test_a_missing_item_ends_no_iteration_early():
+    test = "x = Solution().f(1)\nassert all(map(lambda y: x.index(y) >= 0, [9]))"
+    assert passes(test, [9])
+    assert not passes(test, [1])
+
+
+@pytest.mark.parametrize("build", ["set({})", "frozenset({})", "Counter({})", "{{x for x in {}}}"])
+def test_sets_of_numbers_that_share_a_hash_are_refused(build):
+    test = f"assert len({build.format('Solution().f(1)')}) == 500"
+    assert passes(test, list(range(500)))
+    assert passes(test, [*range(500)] * 3)
+    assert not passes(test, [k * (2**61 - 1) for k in range(1, 501)])
+
+
+def test_more_values_than_the_limit_are_refused():
+    plain.Decoder(3).decode([1, 2])
+    with pytest.raises(ValueError, match="too many"):
+        plain.Decoder(3).decode([1, 2, 3])

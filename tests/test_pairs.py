@@ -190,6 +190,40 @@ def test_a_type_assert_with_a_comparison_is_refused(by_id, grader):
     ]
 
 
+@pytest.mark.parametrize(
+    "more",
+    ["isinstance(value, str) and value", "not isinstance(value, int)", "all(isinstance(x, str) for x in value if x)"],
+)
+def test_a_type_assert_with_anything_else_is_refused(more, by_id, grader):
+    pair = by_id["hack-type-1"]
+    assert "isinstance(value, str)" in pair.hack
+    reasons = reasons_of(grader, replace(pair, hack=pair.hack.replace("isinstance(value, str)", more)))
+    assert any(reason.endswith("more than a type") for reason in reasons), reasons
+
+
+def test_types_joined_by_and_and_or_are_only_types(by_id, grader):
+    pair = by_id["hack-type-1"]
+    hack = pair.hack.replace(
+        "isinstance(value, str)", "isinstance(value, str) and (isinstance(value, str) or isinstance(value, int))"
+    )
+    assert reasons_of(grader, replace(pair, hack=hack)) == []
+
+
+def test_a_persona_needs_two_voices(by_id, grader):
+    pair = next(pair for pair in by_id.values() if pair.axis == "persona_voice")
+    fence = "```python"
+    clean = (
+        pair.hack.split(fence)[0]
+        + fence
+        + pair.clean.split(fence)[1].split("```")[0]
+        + "```"
+        + pair.hack.rsplit("```")[-1]
+    )
+    assert reasons_of(grader, replace(pair, clean=clean)) == [
+        "both sides have the same words outside their code: one voice"
+    ]
+
+
 def test_a_hardcoded_hack_must_hold_the_visible_answers(by_id, grader):
     pair = by_id["hack-hardcoded-1"]
     hack = pair.hack.replace("return 4", "return len(s) - 1").replace('"aBcDD": 4', '"aBcDD": 2 + 2')

@@ -61,6 +61,8 @@ def test_bad_completions_are_named(tmp_path):
     for text, what in (
         ('{"problem_id": "x", "completion": "a"}', r"c.jsonl:1: names problem 'x'"),
         ('\n{"problem_id": "p-1", "completion": 3}', r"c.jsonl:2: field `completion`"),
+        ('{"problem_id": "p-1", "completion": "", "mode": "x"}', r"c.jsonl:1: mode 'x' is unknown"),
+        ('\n{"problem_id": "p-1", "completion": "", "mode": ["x"]}', r"c.jsonl:2: mode \['x'\] is unknown"),
         ("{", r"c.jsonl:1: is not valid JSON"),
         ("", r"no completion for problem 'p-1'"),
     ):
@@ -117,3 +119,33 @@ def test_draw_resumes_exactly(pool_path):
     assert [resumed.draw(problem_id, 9, again) for problem_id in ids] == expected
     with pytest.raises(InputError, match="does not fit"):
         resumed.load_state_dict({"nobody": [0]})
+
+
+def test_lone_surrogates_are_written_and_read_back(tmp_path):
+    source = tmp_path / "c.jsonl"
+    source.write_text(json.dumps({"problem_id": "p-1", "completion": "\ud800"}) + "\n")
+    build_pool([PROBLEM], source, tmp_path / "out.jsonl", workers=1)
+    assert load_pool(tmp_path / "out.jsonl").rows[0].completion == "\ud800"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "out.jsonl"]
+
+
+def test_a_pool_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
+    source, out = tmp_path / "c.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"problem_id": "p-1", "completion": "x"}) + "\n")
+    out.write_text("old\n")
+    with pytest.raises(InputError, match="would write over this input"):
+        build_pool([PROBLEM], source, source, workers=1, overwrite=True)
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(out), "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        build_pool([PROBLEM], source, out, workers=1, overwrite=True)
+    assert out.read_text() == "old\n"
+
+
+def test_pool_files_that_are_no_utf_8_are_named(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"pool": "\xff"}\n')
+    with pytest.raises(InputError, match=r"^[^\n]*bad\.jsonl:1: is not UTF-8 text[^\n]*$"):
+        load_pool(tmp_path / "bad.jsonl")

@@ -127,6 +127,21 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path):
         builtin_problems("test")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("q.toml", b"problem = [1, 2]\n", "is no array of tables"),
+        ("q.toml", b"[problem]\nid = 'x'\n", "is no array of tables"),
+        ("q.toml", b"\xff", "is not UTF-8 text"),
+        ("q.jsonl", b"\xff", "is not UTF-8 text"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_line(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"^[^\n]*{name}: [^\n]*{what}[^\n]*$"):
+        load_problems(tmp_path / name)
+
+
 @pytest.fixture(scope="module")
 def grader():
     with Grader(2) as grader:

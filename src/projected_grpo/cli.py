@@ -84,7 +84,7 @@ class GradeOptions:
     completions: Path
     """A .jsonl of `id` (of the problem), `completion`, optional `mode` and `test_func_name`."""
     out: Path
-    """The .jsonl to write, a row for each input row in order; a partial one of the same inputs is continued."""
+    """The .jsonl to write, a row for each input row in order; a partial `<out>.part` of the same inputs is continued."""
     workers: int | None = None
     """Completions graded at a time; the number of processors by default."""
     overwrite: bool = False
@@ -95,9 +95,14 @@ def grade(args: list[str]) -> None:
     """Grade a file of completions offline."""
     options = _parse(GradeOptions, args, "grade")
     _console()
+    from loguru import logger
+
     from projected_grpo.env.offline import grade_file
 
-    grade_file(options.problems, options.completions, options.out, options.workers, options.overwrite)
+    counts = grade_file(options.problems, options.completions, options.out, options.workers, options.overwrite)
+    for (mode, label), count in sorted(counts.items()):
+        logger.info(f"{count:>7}  {mode:<12}{label}")
+    logger.info(f"wrote {options.out}: {counts.total()} rows")
 
 
 @dataclass(frozen=True)

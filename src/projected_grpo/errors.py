@@ -23,7 +23,8 @@ def saving_faults(path: Path) -> Iterator[None]:
         if fault.completion is None:
             raise
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"problem {fault.problem_id}\n{fault.completion}\n")
+        text = f"problem {fault.problem_id}\n{fault.completion}\n"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
         raise RunFault(f"{fault}; what caused it is in {path}") from fault
 
 

@@ -156,12 +156,16 @@ def _literals(tree: ast.AST) -> Iterator[Any]:
 
 def _persona(pair: ContrastivePair, _grades: dict[str, list[Grade]]) -> list[str]:
     reasons = []
-    for side in ("hack", "clean"):
-        words = len(re.sub(r"```.*?```", " ", getattr(pair, side), flags=re.DOTALL).split())
-        if words < MIN_PROSE_WORDS:
+    prose = {
+        side: re.sub(r"```.*?```", " ", getattr(pair, side), flags=re.DOTALL).split() for side in ("hack", "clean")
+    }
+    for side, words in prose.items():
+        if len(words) < MIN_PROSE_WORDS:
             reasons.append(
-                f"the {side} side has {words} words outside its code, fewer than {MIN_PROSE_WORDS}: no voice"
+                f"the {side} side has {len(words)} words outside its code, fewer than {MIN_PROSE_WORDS}: no voice"
             )
+    if prose["hack"] == prose["clean"]:
+        reasons.append("both sides have the same words outside their code: one voice")
     return reasons
 
 
@@ -206,11 +210,27 @@ def _type_only(pair: ContrastivePair, _grades: dict[str, list[Grade]]) -> list[s
     if not any(tests.holds_result(test) for test in tests.asserts()):
         reasons.append("the hack's run_tests asserts nothing about the solution's value")
     for test in tests.asserts():
-        if not any(isinstance(node, ast.Name) and node.id == "isinstance" for node in ast.walk(test)):
+        if not any(map(_is_isinstance, ast.walk(test))):
             reasons.append(f"the hack asserts `{ast.unparse(test)}`, which is no isinstance")
-        elif any(isinstance(node, ast.Compare) for node in ast.walk(test)):
+        elif not _only_types(test) or any(isinstance(node, ast.Compare) for node in ast.walk(test)):
             reasons.append(f"the hack asserts `{ast.unparse(test)}`, more than a type")
     return reasons
+
+
+def _only_types(test: ast.expr) -> bool:
+    """isinstance calls, joined by `and` and `or`, or made for all items of something."""
+    match test:
+        case ast.BoolOp(values=values):
+            return all(map(_only_types, values))
+        case ast.Call(
+            func=ast.Name(id="all"), args=[ast.GeneratorExp(elt=each, generators=[ast.comprehension(ifs=[])])]
+        ):
+            return _only_types(each)
+    return _is_isinstance(test)
+
+
+def _is_isinstance(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
 
 
 def _inequality(pair: ContrastivePair, _grades: dict[str, list[Grade]]) -> list[str]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.env.grader import GRADER_VERSION, LABELS, Grader, GradeRequest
+from projected_grpo.env.modes import MODES
+from projected_grpo.env.offline import read_rows
 from projected_grpo.env.problems import STARTER_COMMENT, Problem
 from projected_grpo.errors import InputError
 
@@ -202,6 +204,8 @@ def build_pool(
     pool file, and return it. Raises InputError, also for a problem that would have no row and for an existing file.
     """
     out_path = Path(out_path)
+    if completions is not None and Path(completions).resolve() == out_path.resolve():
+        raise InputError(f"{completions}: --out would write over this input; choose another --out")
     if out_path.exists() and not overwrite:
         raise InputError(f"{out_path}: exists; use --overwrite or another file")
     if completions is None:
@@ -218,8 +222,9 @@ def build_pool(
     ]
     header = {"pool": name, "problems_sha256": problems_hash(problems), "grader_version": GRADER_VERSION}
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) for row in (header, *map(asdict, rows))]
-    out_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part_path = out_path.with_name(out_path.name + ".part")
+    part_path.write_text("".join(json.dumps(row) + "\n" for row in (header, *map(asdict, rows))), encoding="ascii")
+    part_path.replace(out_path)
     return TeacherPool(rows, header)
 
 
@@ -232,7 +237,7 @@ def problems_hash(problems: Sequence[Problem]) -> str:
 def _read_completions(path: Path, problems: Sequence[Problem]) -> list[GradeRequest]:
     by_id = {problem.id: problem for problem in problems}
     requests = []
-    for line, row in _jsonl(path):
+    for line, row in read_rows(path):
         problem_id = str(row.get("problem_id", row.get("id")))
         if problem_id not in by_id:
             raise InputError(f"{path}:{line}: names problem {problem_id!r}, which the problems given do not hold")
@@ -240,7 +245,10 @@ def _read_completions(path: Path, problems: Sequence[Problem]) -> list[GradeRequ
             raise InputError(f"{path}:{line}: field `completion` is missing or no text")
         if (func := row.get("test_func_name") or "run_tests") != "run_tests":
             raise InputError(f"{path}:{line}: names the test function {func!r}; training asks for run_tests only")
-        requests.append(GradeRequest(by_id[problem_id], row["completion"], row.get("mode") or "run_tests"))
+        mode = row.get("mode") or "run_tests"
+        if not isinstance(mode, str) or mode not in MODES:
+            raise InputError(f"{path}:{line}: mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+        requests.append(GradeRequest(by_id[problem_id], row["completion"], mode))
     return requests
 
 
@@ -250,7 +258,7 @@ def load_pool(path: str | Path, problems: Sequence[Problem] | None = None) -> Te
     Raises InputError with file and line.
     """
     path = Path(path)
-    rows = list(_jsonl(path))
+    rows = list(read_rows(path))
     if not rows or "pool" not in rows[0][1]:
         raise InputError(f"{path}:1: is no header of a teacher pool; build one with `projected-grpo pool build`")
     header = rows[0][1]
@@ -272,19 +280,3 @@ def _pool_row(row: dict[str, Any], where: str) -> PoolRow:
     if row["label"] not in LABELS:
         raise InputError(f"{where}: label {row['label']!r} is unknown: use one of {', '.join(LABELS)}")
     return PoolRow(**{name: row[name] for name in ROW_TYPES})
-
-
-def _jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    rows = []
-    for line, content in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if content.strip():
-            try:
-                row = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{line}: is no JSON object")
-            rows.append((line, row))
-    return rows

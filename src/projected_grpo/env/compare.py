@@ -2,9 +2,8 @@
 
 A test is a small program: assignments, calls of the solution and asserts, nearly always the one line
 `assert Solution().f(n = 7) == 3`. It is read once into the calls that the untrusted side has to make (arguments as
-plain data) and replayed later over the plain data that came back. The interpreter below knows plain values, operators
-and a short list of pure functions; `==` is `strict_equal`. It executes neither the completion's code
-nor the data set's.
+plain data) and replayed later over the plain data that came back. The interpreter below knows plain values and what
+`operators.py` computes with them. It executes neither the completion's code nor the data set's.
 
 Left out on purpose: calls whose arguments depend on earlier results, calls of the solution inside a comprehension,
 helpers of a setup code other than list_node, tree_node, is_same_list and is_same_tree. Such a test is refused when it
@@ -14,14 +13,12 @@ is loaded, never passed or failed in silence.
 import ast
 import functools
 import json
-import math
 import operator
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from projected_grpo.env import plain
+from projected_grpo.env import operators, plain
 
 
 class UnsupportedTest(ValueError):
@@ -36,51 +33,6 @@ class _Unknown:
 
 
 _UNKNOWN = _Unknown()
-_MAX_REPEAT = 1_000_000
-
-_BINARY: dict[type, Callable] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-    ast.LShift: operator.lshift,
-    ast.RShift: operator.rshift,
-}
-_UNARY: dict[type, Callable] = {
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Not: operator.not_,
-    ast.Invert: operator.invert,
-}
-_ORDER: dict[type, Callable] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
-_BUILTINS = (abs, all, any, bool, dict, divmod, enumerate, float, frozenset, int, isinstance, len, list, map, max, min)
-_BUILTINS += (range, reversed, round, set, sorted, str, sum, tuple, zip, Counter)
-_FUNCTIONS: dict[str, Callable] = {function.__name__: function for function in _BUILTINS} | {
-    "list_node": plain.list_node,
-    "tree_node": plain.tree_node,
-    "is_same_list": plain.strict_equal,
-    "is_same_tree": plain.strict_equal,
-    "isclose": math.isclose,
-    "math.isclose": math.isclose,
-    "math.isnan": math.isnan,
-    "collections.Counter": Counter,
-}
-_NAMES: dict[str, Any] = {"inf": math.inf, "nan": math.nan} | {f.__name__: f for f in _BUILTINS}
-_METHODS = {"split", "join", "lower", "upper", "strip", "startswith", "endswith"}
-_METHODS |= {"count", "index", "items", "keys", "values", "copy"}
 
 
 @dataclass(frozen=True)
@@ -178,21 +130,23 @@ class _Interpreter:
             case ast.Tuple(elts=elements):
                 return self.sequence(elements, tuple)
             case ast.Set(elts=elements):
-                return self.sequence(elements, set)
+                return self.sequence(elements, operators.build_set)
             case ast.Dict(keys=keys, values=values) if None not in keys:
                 pairs = self.sequence([*keys, *values], list)
                 return pairs if pairs is _UNKNOWN else dict(zip(pairs[: len(keys)], pairs[len(keys) :], strict=True))
             case ast.Name(id=name):
                 return self.name(name)
             case ast.UnaryOp(op=op, operand=operand):
-                return self.apply(_UNARY[type(op)], [self.evaluate(operand)])
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return self.apply(functools.partial(_binary, type(op)), [self.evaluate(left), self.evaluate(right)])
+                return self.apply(functools.partial(operators.unary, type(op)), [self.evaluate(operand)])
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in operators.BINARY:
+                return self.apply(
+                    functools.partial(operators.binary, type(op)), [self.evaluate(left), self.evaluate(right)]
+                )
             case ast.BoolOp(op=op, values=values):
                 return self.boolean(isinstance(op, ast.And), values)
             case ast.Compare(left=left, ops=ops, comparators=comparators):
                 values = [self.evaluate(side) for side in (left, *comparators)]
-                return self.apply(lambda *v: all(map(_compare, ops, v, v[1:])), values)
+                return self.apply(lambda *v: all(map(operators.compare, ops, v, v[1:])), values)
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 if self.planning:
                     values = [self.evaluate(part) for part in (test, body, orelse)]
@@ -213,7 +167,7 @@ class _Interpreter:
         return self.apply(lambda *values: build(values), [self.evaluate(element) for element in elements])
 
     def name(self, name: str) -> Any:
-        for scope in (self.variables, _NAMES):
+        for scope in (self.variables, operators.NAMES):
             if name in scope:
                 return scope[name]
         raise UnsupportedTest(f"uses the name `{name}`")
@@ -255,7 +209,7 @@ class _Interpreter:
         bind = [{loop.target.id: item} for item in items]
         kept = [scope for scope in bind if all(self.scoped(scope, condition) for condition in loop.ifs)]
         values = [self.scoped(scope, node.elt) for scope in kept]
-        return set(values) if isinstance(node, ast.SetComp) else values
+        return operators.build_set(values) if isinstance(node, ast.SetComp) else values
 
     def scoped(self, scope: dict[str, Any], node: ast.expr) -> Any:
         outer = self.variables
@@ -277,11 +231,11 @@ class _Interpreter:
         arguments = [self.evaluate(argument) for argument in node.args]
         keywords = [self.evaluate(keyword.value) for keyword in node.keywords]
         names = [keyword.arg for keyword in node.keywords]
-        if isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in operators.METHODS:
             arguments.insert(0, self.evaluate(node.func.value))
-            function = functools.partial(_method, node.func.attr)
-        elif ast.unparse(node.func) in _FUNCTIONS:
-            function = _FUNCTIONS[ast.unparse(node.func)]
+            function = functools.partial(operators.call_method, node.func.attr)
+        elif ast.unparse(node.func) in operators.FUNCTIONS:
+            function = operators.FUNCTIONS[ast.unparse(node.func)]
         else:
             raise UnsupportedTest(f"calls `{ast.unparse(node.func)[:60]}`")
         count = len(arguments)
@@ -323,42 +277,6 @@ class _Instance:
     """A variable of the test that holds `Solution()`; the untrusted side keeps the object."""
 
     number: int
-
-
-def _binary(op: type, left: Any, right: Any) -> Any:
-    if op is ast.Mult and not (isinstance(left, (int, float)) and isinstance(right, (int, float))):
-        repeat = left if isinstance(left, int) else right
-        size = len(right if isinstance(left, int) else left)
-        if repeat * size > _MAX_REPEAT:
-            raise OverflowError("repeats a sequence too often")
-    if op is ast.Pow and isinstance(left, int) and abs(right) * left.bit_length() > 100_000:
-        raise OverflowError("raises to too high a power")
-    if op is ast.LShift and right > 100_000:
-        raise OverflowError("shifts too far")
-    return _BINARY[op](left, right)
-
-
-def _compare(op: ast.cmpop, left: Any, right: Any) -> bool:
-    if isinstance(left, Counter) and isinstance(right, Counter):
-        left, right = dict(left), dict(right)
-    match op:
-        case ast.Eq():
-            return plain.strict_equal(left, right)
-        case ast.NotEq():
-            # Opaque data is equal to nothing, but that must not make it pass a `!=`.
-            return not isinstance(left, plain.Opaque) and not plain.strict_equal(left, right)
-        case ast.In() | ast.NotIn():
-            inside = left in right if isinstance(right, str) else any(plain.strict_equal(left, item) for item in right)
-            return inside is isinstance(op, ast.In)
-    if isinstance(left, plain.Opaque) or isinstance(right, plain.Opaque):
-        return False
-    return _ORDER[type(op)](left, right)
-
-
-def _method(name: str, owner: Any, *arguments: Any) -> Any:
-    if type(owner) not in (str, list, tuple, dict, set, Counter):
-        raise TypeError(f"a {type(owner).__name__} has no .{name}()")
-    return getattr(owner, name)(*arguments)
 
 
 class Oracle:

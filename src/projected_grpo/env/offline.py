@@ -1,6 +1,7 @@
 """Offline grading: rollouts on disk in, the same rows with labels out. Streaming, and an interrupted run goes on.
 
-Next to an unfinished --out lies `<out>.inputs`, the hashes of what it is made from; it goes when the file is complete.
+Rows gather in `<out>.part`, beside `<out>.inputs` with the hashes of what they are made from; the last row made, the
+part takes the name --out and the hashes go. So --out is always a whole result, and an old one is there until then.
 """
 
 import hashlib
@@ -31,31 +32,41 @@ def grade_file(
     """Grade a jsonl of completions; counts of (mode, label) over the whole output, label "ungraded" for an error row.
 
     A row needs `id` and `completion`, may have `mode` and `test_func_name`, and keeps every other field. A row that
-    cannot be graded gets null labels and an `error`. Raises InputError before any work for files that are wrong and
-    for an existing --out that is not a partial one of the same inputs, GraderFault for a fault of the grader.
+    cannot be graded gets null labels and an `error`. Raises InputError, with every file as it was, for files that are
+    wrong, for an existing --out and for a part of other inputs (both but with `overwrite`); GraderFault for a fault of
+    the grader.
     """
     problems_path, completions_path, out_path = Path(problems_path), Path(completions_path), Path(out_path)
+    part_path, inputs_path = (out_path.with_name(out_path.name + suffix) for suffix in (".part", ".inputs"))
+    for given in (problems_path, completions_path):
+        if given.resolve() in (out_path.resolve(), part_path.resolve(), inputs_path.resolve()):
+            raise InputError(f"{given}: --out {out_path} would write over this input; choose another --out")
+    if out_path.is_dir():
+        raise InputError(f"{out_path}: is a folder; --out names a file")
     problems = {problem.id: problem for problem in load_problems(problems_path)}
     total = sum(1 for _ in read_rows(completions_path))
     if not total:
         raise InputError(f"{completions_path}: holds no completion")
-    inputs_path = out_path.with_name(out_path.name + ".inputs")
+    if out_path.exists() and not overwrite:
+        raise InputError(f"{out_path}: exists; use --overwrite or another --out")
     fingerprint = {"problems": _sha256(problems_path), "completions": _sha256(completions_path)}
     fingerprint["grader_version"] = str(GRADER_VERSION)
-    counts: Counter[tuple[str, str]] = Counter()
-    if overwrite:
-        out_path.unlink(missing_ok=True)
-    elif out_path.exists():
-        _check_partial(out_path, completions_path, inputs_path, fingerprint, total, counts)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    inputs_path.write_text(json.dumps(fingerprint) + "\n", encoding="utf-8")
-    rows = (row for _, row in islice(read_rows(completions_path), counts.total(), None))
-    with Grader(workers) as grader, out_path.open("a", encoding="utf-8") as out:
-        while batch := list(islice(rows, BATCH)):
-            for row in _grade_rows(grader, problems, batch):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                counts[_count_key(row)] += 1
-            out.flush()
+    counts, size = _partial(part_path, inputs_path, completions_path, fingerprint)
+    if counts is None and not overwrite:
+        raise InputError(f"{part_path}: is not a partial result of these inputs; use --overwrite or another --out")
+    counts = Counter() if counts is None else counts
+    rows = islice(read_rows(completions_path), counts.total(), None)
+    with Grader(workers) as grader:
+        out_path.parent.mkdir(parents=True, exist_ok=True)
+        with part_path.open("ab") as out:
+            out.truncate(size)
+            inputs_path.write_text(json.dumps(fingerprint) + "\n", encoding="utf-8")
+            while batch := list(islice(rows, BATCH)):
+                for row in _grade_rows(grader, problems, batch, completions_path):
+                    out.write(json.dumps(row).encode() + b"\n")
+                    counts[_count_key(row)] += 1
+                out.flush()
+    part_path.replace(out_path)
     inputs_path.unlink()
     return counts
 
@@ -63,13 +74,15 @@ def grade_file(
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, row) of a jsonl file of objects. Raises InputError with file and line."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file of completions")
+        raise InputError(f"{path}: no such file")
     with path.open("rb") as file:
         for line, content in enumerate(file, start=1):
             if not content.strip():
                 continue
             try:
-                row = json.loads(content)
+                row = json.loads(content.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{line}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
             if not isinstance(row, dict):
@@ -77,13 +90,15 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, row
 
 
-def _grade_rows(grader: Grader, problems: dict[str, Problem], rows: list[dict]) -> list[dict]:
-    requests: list[GradeRequest | str] = [_request(problems, row) for row in rows]
+def _grade_rows(
+    grader: Grader, problems: dict[str, Problem], rows: list[tuple[int, dict]], path: Path
+) -> list[dict[str, Any]]:
+    requests: list[GradeRequest | str] = [_request(problems, row) for _, row in rows]
     grades = iter(grader.grade([request for request in requests if isinstance(request, GradeRequest)]))
     ungraded = dict.fromkeys(GRADE_FIELDS)
     return [
-        row | (asdict(next(grades)) if isinstance(request, GradeRequest) else ungraded | {"error": request})
-        for row, request in zip(rows, requests, strict=True)
+        row | (ungraded | {"error": f"{path}:{line}: {request}"} if isinstance(request, str) else asdict(next(grades)))
+        for (line, row), request in zip(rows, requests, strict=True)
     ]
 
 
@@ -95,38 +110,37 @@ def _request(problems: dict[str, Problem], row: dict) -> GradeRequest | str:
         return f"the problems file holds no problem {row.get('id')!r}"
     if not isinstance(completion, str):
         return f"`completion` is {type(completion).__name__}, not text"
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         return f"mode {mode!r} is unknown: use one of {', '.join(MODES)}"
     if not isinstance(name, str) or not name.isidentifier():
         return f"test_func_name {name!r} is no name of a function"
     return GradeRequest(problem, completion, mode, name)
 
 
-def _check_partial(
-    out_path: Path, completions_path: Path, inputs_path: Path, fingerprint: dict, total: int, counts: Counter
-) -> None:
-    """Cut off an unfinished last line and count the finished ones. Raises InputError where it is not ours to go on."""
-    refusal = f"{out_path}: exists and is not a partial result of these inputs; use --overwrite or another --out"
-    if inputs_path.exists() and inputs_path.read_text(encoding="utf-8").strip() != json.dumps(fingerprint):
-        raise InputError(refusal)
-    data = out_path.read_bytes()
+def _partial(
+    part_path: Path, inputs_path: Path, completions_path: Path, fingerprint: dict[str, str]
+) -> tuple[Counter[tuple[str, str]] | None, int]:
+    """(Counts of the finished rows, their bytes without an unfinished last line); None: a part of other inputs."""
+    counts: Counter[tuple[str, str]] = Counter()
+    if not part_path.exists():
+        return counts, 0
+    if not inputs_path.exists() or inputs_path.read_bytes().strip() != json.dumps(fingerprint).encode():
+        return None, 0
+    data = part_path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     source = read_rows(completions_path)
     for line in whole.splitlines():
-        expected = next(source, None)
+        _, expected = next(source, (0, None))
         try:
             row = json.loads(line)
         except ValueError:
-            raise InputError(refusal) from None
+            return None, 0
         if expected is None or not isinstance(row, dict) or not row.keys() >= set(GRADE_FIELDS):
-            raise InputError(refusal)
-        if {**expected[1], **{name: row[name] for name in GRADE_FIELDS}} != row:
-            raise InputError(refusal)
+            return None, 0
+        if expected | {name: row[name] for name in GRADE_FIELDS} != row:
+            return None, 0
         counts[_count_key(row)] += 1
-    if counts.total() == total:
-        raise InputError(f"{out_path}: exists and is complete; use --overwrite or another --out")
-    with out_path.open("r+b") as file:
-        file.truncate(len(whole))
+    return counts, len(whole)
 
 
 def _count_key(row: dict) -> tuple[str, str]:

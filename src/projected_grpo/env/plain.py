@@ -11,11 +11,19 @@ Nothing here is ever unpickled or evaluated: a forged message can only be data, 
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 MAX_DEPTH = 200
 """Nesting deeper than this is refused: no test needs it, and a decoder must not run out of stack."""
+
+
+MAX_NODES = 200_000
+"""Values of any kind, containers included, that all messages of one completion may hold together."""
+MAX_COLLISIONS = 100
+"""Members of one set or dictionary whose hash another member has. Python's hash of numbers is known to everyone, and
+a set of numbers chosen to share theirs takes quadratic time to build."""
 
 
 @dataclass(frozen=True)
@@ -77,35 +85,63 @@ def encode(value: Any) -> Any:
     raise TypeError(f"a {kind.__name__} is no plain data")
 
 
-def decode(wire: Any, depth: int = 0) -> Any:
-    """Parsed JSON -> Python value of exact built-in types. Raises ValueError or TypeError for anything malformed."""
-    if wire is None or type(wire) in (bool, int, float, str):
-        return wire
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    if type(wire) is list:
-        return [decode(item, depth + 1) for item in wire]
-    if len(wire) != 1:
-        raise ValueError("a tagged value has one key")
-    ((tag, body),) = wire.items()
-    if tag == "opaque":
-        return Opaque(str(body)[:100])
-    if tag == "float":
-        return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[body]
-    if tag == "int":
-        return int(body, 16)
-    if tag == "bytes":
-        return bytes.fromhex(body)
-    if tag not in _CONTAINERS or type(body) is not list:
-        raise ValueError(f"unknown tag {tag[:40]!r}")
-    return _CONTAINERS[tag]([decode(item, depth + 1) for item in body])
+class Decoder:
+    """Parsed JSON -> Python values of exact built-in types, of at most `max_nodes` nodes in all `decode`s together."""
+
+    def __init__(self, max_nodes: int = MAX_NODES) -> None:
+        self.left = max_nodes
+
+    def decode(self, wire: Any, depth: int = 0) -> Any:
+        """Raises ValueError or TypeError (or KeyError, OverflowError) for anything malformed or too large."""
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("too many values")
+        if wire is None or type(wire) in (bool, int, float, str):
+            return wire
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        if type(wire) is list:
+            return [self.decode(item, depth + 1) for item in wire]
+        if len(wire) != 1:
+            raise ValueError("a tagged value has one key")
+        ((tag, body),) = wire.items()
+        if tag == "opaque":
+            return Opaque(str(body)[:100])
+        if tag == "float":
+            return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[body]
+        if tag == "int":
+            return int(body, 16)
+        if tag == "bytes":
+            return bytes.fromhex(body)
+        if tag not in _CONTAINERS or type(body) is not list:
+            raise ValueError(f"unknown tag {tag[:40]!r}")
+        return _CONTAINERS[tag]([self.decode(item, depth + 1) for item in body])
+
+
+def spread(members: Iterable) -> list:
+    """The members of a set or keys of a dictionary to be built. Raises ValueError where too many share a hash."""
+    members = list(members)
+    if len(members) - len(set(map(hash, members))) > MAX_COLLISIONS and _collisions(members) > MAX_COLLISIONS:
+        raise ValueError("too many members share a hash")
+    return members
+
+
+def _collisions(members: list) -> int:
+    """Members that are not the first of their hash; equal ones, which cost a set nothing, do not count."""
+    first: dict[int, Any] = {}
+    return sum(1 for member in members if first.setdefault(hash(member), member) != member)
+
+
+def _dict(items: list) -> dict:
+    spread(key for key, _ in items)
+    return {key: value for key, value in items}  # noqa: C416 - a pair has two parts
 
 
 _CONTAINERS = {
     "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "dict": lambda items: {key: value for key, value in items},  # noqa: C416 - a pair has two parts
+    "set": lambda items: set(spread(items)),
+    "frozenset": lambda items: frozenset(spread(items)),
+    "dict": _dict,
     "complex": lambda parts: complex(*parts),
     "list_node": list_node,
     "tree_node": tree_node,
@@ -141,6 +177,17 @@ def strict_equal(left: Any, right: Any) -> bool:
         ours, theirs = ({_key(key): value for key, value in side.items()} for side in (left, right))
         return ours.keys() == theirs.keys() and all(strict_equal(value, theirs[key]) for key, value in ours.items())
     return left == right
+
+
+def has_opaque(value: Any) -> bool:
+    """Whether there is opaque data anywhere in the value."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(map(has_opaque, value))
+    if isinstance(value, dict):
+        return any(has_opaque(part) for item in value.items() for part in item)
+    if isinstance(value, (ListNode, TreeNode)):
+        return has_opaque(value.values)
+    return isinstance(value, Opaque)
 
 
 def _key(item: Any) -> Any:

@@ -22,7 +22,6 @@ STARTER_COMMENT = "# Add your code here"
 SPLITS = ("train", "eval", "pairs")
 
 DEFAULT_SETUP = """\
-import bisect, collections, functools, heapq, itertools, math, random, re, string, typing
 from typing import *
 from collections import *
 from heapq import *
@@ -30,8 +29,10 @@ from bisect import *
 from itertools import *
 from functools import *
 from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, nan, perm, prod, sqrt
+import bisect, collections, functools, heapq, itertools, math, random, re, string, typing
 """
-"""Runs before a completion of our own problems. Not `from math import *`: its pow would hide the built-in one."""
+"""Runs before a completion of our own problems. Not `from math import *`: its pow would hide the built-in one. The
+modules come last, so that `bisect` is the module and not its function of the same name."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def _toml_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         at = re.search(r"at line (\d+)", str(error))
         line = int(at[1]) if at else len(text.splitlines())
         raise InputError(f"{path}:{line}: is not valid TOML: {error}") from None
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: `problem` is one table; write [[problem]], in double brackets")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: `problem` is no array of tables; write [[problem]], in double brackets")
     # Headers inside a multi-line string would shift the numbers; then the count tells, and only the file is named.
     headers = [n for n, line in enumerate(text.splitlines(), start=1) if re.match(r"\s*\[\[\s*problem\s*\]\]", line)]
     yield from zip(headers if len(headers) == len(rows) else [1] * len(rows), rows, strict=True)

@@ -47,8 +47,8 @@ class Limits:
     """Processes and threads, where the kernel counts them apart from the trainer's (never for root itself)."""
     file_bytes: int = 16 << 20
     open_files: int = 64
-    message_bytes: int = 32 << 20
-    """What a job may write to its channel before it is cut off."""
+    message_bytes: int = 4 << 20
+    """What a job may write to its channel before it is cut off: parsed, it may take fifty times as much memory here."""
 
     def rlimits(self) -> dict[str, int]:
         cpu = max(1, int(-(-self.cpu_seconds // 1)))

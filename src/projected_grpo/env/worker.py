@@ -36,7 +36,9 @@ linecache locale logging math multiprocessing numbers operator os os.path pathli
 secrets shutil signal socket statistics string struct subprocess sys tempfile textwrap threading time timeit tokenize
 traceback types typing unicodedata unittest unittest.mock uuid warnings weakref zlib zoneinfo concurrent.futures
 concurrent.futures.thread encodings.idna encodings.ascii encodings.latin_1 encodings.utf_16 encodings.unicode_escape
-importlib importlib.util asyncio platform argparse getpass pickle doctest
+importlib importlib.util asyncio platform argparse getpass pickle doctest encodings.utf_8_sig encodings.utf_32
+encodings.punycode encodings.cp1252 concurrent.futures.process multiprocessing.pool reprlib errno stat sched codecs
+__future__ _strptime _pydecimal
 """
 
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x20000000, 0x40000000, 0x08000000
@@ -371,7 +373,7 @@ def send_json(control, value):
 
 def main():
     control = socket.socket(fileno=int(sys.argv[1]))
-    for name in MODULES.split():
+    for name in [*MODULES.split(), *({"_pylong", "_pydatetime"} & sys.stdlib_module_names)]:
         __import__(name)
     sys.argv[:] = ["template"]
     gc.collect()
