@@ -84,7 +84,7 @@ class GradeOptions:
     completions: Path
     """A .jsonl of `id` (of the problem), `completion`, optional `mode` and `test_func_name`."""
     out: Path
-    """The .jsonl to write, a row for each input row in order; a partial `<out>.part` of the same inputs is continued."""
+    """The .jsonl to write, a row for each input row; a partial `<out>.part` of the same inputs is continued."""
     workers: int | None = None
     """Completions graded at a time; the number of processors by default."""
     overwrite: bool = False
