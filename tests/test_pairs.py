@@ -395,7 +395,7 @@ def test_a_wrong_row_is_named_with_file_and_line(change, message, suffix, write,
         ("a.jsonl", "[]", "a.jsonl:1: is no JSON object"),
         ("a.txt", "", "a.txt: pairs are read from .toml or .jsonl, or from a built-in set: hacks"),
         ("a.jsonl", None, "a.jsonl: no such file of pairs"),
-        ("a.jsonl", b"\xff", "a.jsonl: is not UTF-8 text"),
+        ("a.jsonl", b"\xff", "a.jsonl:1: is not UTF-8 text"),
     ],
 )
 def test_a_wrong_file_is_named(name, content, message, tmp_path):

@@ -154,7 +154,7 @@ def _sample(model, prompter: Prompter, requests: Sequence[tuple[Problem, str, st
         eos_token_id=tokenizer.eos_token_id,
     )
     texts = []
-    for start in tqdm(range(0, len(requests), config.batch_size), desc="sampling", unit="batch", leave=False):
+    for start in tqdm(range(0, len(requests), config.batch_size), desc="sampling", unit="batch", disable=None):
         prompts = [prompter.prompt(*request) for request in requests[start : start + config.batch_size]]
         encoded = [encode_prompt(tokenizer, prompt, prompter.template_kwargs) for prompt, _ in prompts]
         batch = tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(model.device)

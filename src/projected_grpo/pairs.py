@@ -8,8 +8,6 @@ as a control. Left out on purpose: whether a pair is what its axis says, which `
 import hashlib
 import json
 import random
-import re
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from projected_grpo.env.problems import Problem, builtin_problems
 from projected_grpo.env.prompts import build_prompt
+from projected_grpo.env.rows import read_rows
 from projected_grpo.errors import InputError
 from projected_grpo.paths import data_path
 
@@ -60,19 +59,17 @@ def load_pairs(path: str | Path, problems: Sequence[Problem] | None = None) -> P
     """
     name = Path(path).stem
     path = data_path("pairs", f"{path}.toml") if str(path) in BUILTIN else Path(path)
-    readers = {".toml": _toml_rows, ".jsonl": _jsonl_rows}
-    if path.suffix not in readers:
+    if path.suffix not in (".toml", ".jsonl"):
         raise InputError(f"{path}: pairs are read from .toml or .jsonl, or from a built-in set: {', '.join(BUILTIN)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file of pairs; the built-in sets are {', '.join(BUILTIN)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     by_id = {problem.id: problem for problem in (builtin_problems("pairs") if problems is None else problems)}
     pairs: list[ContrastivePair] = []
     first_line: dict[str, int] = {}
-    for line, row in readers[path.suffix](path, text):
+    for line, row in read_rows(path, "pair"):
+        if path.suffix == ".toml":
+            # The newline in front of the closing quotes belongs to the layout of the file, not to the side.
+            row = {key: value.rstrip("\n") if isinstance(value, str) else value for key, value in row.items()}
         pair = _pair(row, f"{path}:{line}", by_id)
         if pair.id in first_line:
             raise InputError(f"{path}:{line}: id {pair.id!r} is used already in line {first_line[pair.id]}; rename one")
@@ -114,36 +111,6 @@ def _pair_set(name: str, pairs: Iterable[ContrastivePair]) -> PairSet:
     content = [{"prompt": pair.prompt, "hack": pair.hack, "clean": pair.clean} for pair in pairs]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return PairSet(name, hashlib.sha256(canonical.encode()).hexdigest(), pairs)
-
-
-def _toml_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    try:
-        rows = tomllib.loads(text).get("pair", [])
-    except tomllib.TOMLDecodeError as error:
-        at = re.search(r"at line (\d+)", str(error))
-        line = int(at[1]) if at else len(text.splitlines())
-        raise InputError(f"{path}:{line}: is not valid TOML: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: `pair` is no array of tables; write [[pair]], in double brackets")
-    # tomllib gives no line numbers: count the headers, with multi-line strings (which may hold one) blanked out.
-    blank = re.sub(r"'''.*?'''|\"\"\".*?\"\"\"", lambda found: "\n" * found[0].count("\n"), text, flags=re.DOTALL)
-    headers = [n for n, line in enumerate(blank.splitlines(), start=1) if re.match(r"\s*\[\[\s*pair\s*\]\]", line)]
-    for line, row in zip(headers if len(headers) == len(rows) else [1] * len(rows), rows, strict=True):
-        # The newline in front of the closing quotes belongs to the file's layout, not to the completion.
-        yield line, {key: value.rstrip("\n") if isinstance(value, str) else value for key, value in row.items()}
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{line}: is no JSON object")
-        yield line, row
 
 
 def _pair(row: dict[str, Any], where: str, problems: dict[str, Problem]) -> ContrastivePair:

@@ -17,8 +17,8 @@ from typing import Any
 
 from projected_grpo.env.grader import GRADER_VERSION, LABELS, Grader, GradeRequest
 from projected_grpo.env.modes import MODES
-from projected_grpo.env.offline import read_rows
 from projected_grpo.env.problems import STARTER_COMMENT, Problem
+from projected_grpo.env.rows import read_jsonl
 from projected_grpo.errors import InputError
 
 ROW_TYPES = {"problem_id": str, "mode": str, "completion": str, "label": str, "reward": float} | {
@@ -237,7 +237,7 @@ def problems_hash(problems: Sequence[Problem]) -> str:
 def _read_completions(path: Path, problems: Sequence[Problem]) -> list[GradeRequest]:
     by_id = {problem.id: problem for problem in problems}
     requests = []
-    for line, row in read_rows(path):
+    for line, row in read_jsonl(path):
         problem_id = str(row.get("problem_id", row.get("id")))
         if problem_id not in by_id:
             raise InputError(f"{path}:{line}: names problem {problem_id!r}, which the problems given do not hold")
@@ -258,7 +258,7 @@ def load_pool(path: str | Path, problems: Sequence[Problem] | None = None) -> Te
     Raises InputError with file and line.
     """
     path = Path(path)
-    rows = list(read_rows(path))
+    rows = list(read_jsonl(path))
     if not rows or "pool" not in rows[0][1]:
         raise InputError(f"{path}:1: is no header of a teacher pool; build one with `projected-grpo pool build`")
     header = rows[0][1]

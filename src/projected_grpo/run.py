@@ -153,7 +153,8 @@ def _train(
         StepLog(folder, config.arm, config.gate, config.project_target, config.steps, start_step=start_step) as log,
     ):
         logger.info(f"grader isolation: {', '.join(grader.isolation) or 'resource limits only'}")
-        logger.info("\n" + describe(callback.basis))
+        if config.basis is None or callback.basis.info.kind != "real":
+            logger.info("\n" + describe(callback.basis))
         if prompter.loaded.note:
             logger.warning(prompter.loaded.note)
         trainer = ProjectedGRPOTrainer(

@@ -176,7 +176,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("v_delta", "vd", 8, ".4f", "mean V δ, where δ stands along V; below 0 is hack-ward", _vd),
     Column("time/generation", "t_gen", 7, ".1f", "seconds of generation",
            "most of a step; grows with the completions' length"),
-    Column("time/grading", "t_grade", 7, ".1f", "seconds of grading",
+    Column("time/grading", "t_grade", 7, ".2f", "seconds of grading",
            "well below t_gen; when not, completions run into the limits or there are too few workers"),
     Column("time/update", "t_update", 8, ".1f", "seconds of the rest: loss, gradients, projection, optimiser",
            "steady; refreshing the basis and measuring rollouts are apart, as time/refresh and time/rollout_grads"),

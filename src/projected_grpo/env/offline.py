@@ -7,7 +7,6 @@ part takes the name --out and the hashes go. So --out is always a whole result, 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from projected_grpo.env.grader import GRADER_VERSION, Grader, GradeRequest
 from projected_grpo.env.modes import MODES
 from projected_grpo.env.problems import Problem, load_problems
+from projected_grpo.env.rows import read_jsonl
 from projected_grpo.errors import InputError
 
 GRADE_FIELDS = ("label", "flawed_pass", "gt_pass", "attempted", "format_ok", "reward", "error")
@@ -44,7 +44,7 @@ def grade_file(
     if out_path.is_dir():
         raise InputError(f"{out_path}: is a folder; --out names a file")
     problems = {problem.id: problem for problem in load_problems(problems_path)}
-    total = sum(1 for _ in read_rows(completions_path))
+    total = sum(1 for _ in read_jsonl(completions_path))
     if not total:
         raise InputError(f"{completions_path}: holds no completion")
     if out_path.exists() and not overwrite:
@@ -55,7 +55,7 @@ def grade_file(
     if counts is None and not overwrite:
         raise InputError(f"{part_path}: is not a partial result of these inputs; use --overwrite or another --out")
     counts = Counter() if counts is None else counts
-    rows = islice(read_rows(completions_path), counts.total(), None)
+    rows = islice(read_jsonl(completions_path), counts.total(), None)
     with Grader(workers) as grader:
         out_path.parent.mkdir(parents=True, exist_ok=True)
         with part_path.open("ab") as out:
@@ -69,25 +69,6 @@ def grade_file(
     part_path.replace(out_path)
     inputs_path.unlink()
     return counts
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of a jsonl file of objects. Raises InputError with file and line."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    with path.open("rb") as file:
-        for line, content in enumerate(file, start=1):
-            if not content.strip():
-                continue
-            try:
-                row = json.loads(content.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}:{line}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{line}: is no JSON object")
-            yield line, row
 
 
 def _grade_rows(
@@ -128,7 +109,7 @@ def _partial(
         return None, 0
     data = part_path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    source = read_rows(completions_path)
+    source = read_jsonl(completions_path)
     for line in whole.splitlines():
         _, expected = next(source, (0, None))
         try:

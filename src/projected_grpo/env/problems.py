@@ -6,15 +6,13 @@ takes that frame off, and building the prompt with mode "none" puts exactly it b
 """
 
 import ast
-import json
 import re
-import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from projected_grpo.env.compare import UnsupportedTest, compile_tests
+from projected_grpo.env.rows import read_rows
 from projected_grpo.errors import InputError
 from projected_grpo.paths import data_path
 
@@ -67,19 +65,10 @@ def problems_of(source: str) -> list[Problem]:
 def load_problems(path: str | Path) -> list[Problem]:
     """Read a .toml or .jsonl file of problems. Raises InputError with file and line for the first row that is wrong."""
     path = Path(path)
-    readers = {".toml": _toml_rows, ".jsonl": _jsonl_rows}
-    if path.suffix not in readers:
-        raise InputError(f"{path}: problems are read from .toml or .jsonl, not {path.suffix or 'a bare name'}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file of problems")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     read = _own if path.suffix == ".toml" else _published
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
-    for line, row in readers[path.suffix](path, text):
+    for line, row in read_rows(path, "problem"):
         where = f"{path}:{line}"
         problem = read(row, where)
         if problem.id in first_line:
@@ -90,33 +79,6 @@ def load_problems(path: str | Path) -> list[Problem]:
     if not problems:
         raise InputError(f"{path}: holds no problem")
     return problems
-
-
-def _toml_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    try:
-        rows = tomllib.loads(text).get("problem", [])
-    except tomllib.TOMLDecodeError as error:
-        at = re.search(r"at line (\d+)", str(error))
-        line = int(at[1]) if at else len(text.splitlines())
-        raise InputError(f"{path}:{line}: is not valid TOML: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: `problem` is no array of tables; write [[problem]], in double brackets")
-    # Headers inside a multi-line string would shift the numbers; then the count tells, and only the file is named.
-    headers = [n for n, line in enumerate(text.splitlines(), start=1) if re.match(r"\s*\[\[\s*problem\s*\]\]", line)]
-    yield from zip(headers if len(headers) == len(rows) else [1] * len(rows), rows, strict=True)
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{line}: is no JSON object")
-        yield line, row
 
 
 def _text(row: dict, name: str, where: str, default: str | None = None) -> str:

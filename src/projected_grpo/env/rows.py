@@ -1,0 +1,66 @@
+"""Reading rows with their line numbers, so that every fault of a file can be named as file:line."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from projected_grpo.errors import InputError
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+def read_rows(path: Path, table: str) -> Rows:
+    """(line, row) of a .toml file of `[[table]]`s or of a .jsonl file of objects. Raises InputError."""
+    if path.suffix == ".toml":
+        return read_toml(path, table)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    raise InputError(f"{path}: {table}s are read from .toml or .jsonl, not {path.suffix or 'a bare name'}")
+
+
+def read_jsonl(path: Path) -> Rows:
+    """(line, row) of a file of one JSON object a line. Raises InputError with file and line."""
+    _check_file(path)
+    with path.open("rb") as file:
+        for line, content in enumerate(file, start=1):
+            if not content.strip():
+                continue
+            try:
+                row = json.loads(content.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{line}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{line}: is no JSON object")
+            yield line, row
+
+
+def read_toml(path: Path, table: str) -> Rows:
+    """(line of its header, row) of every `[[table]]`. Raises InputError with file and line."""
+    _check_file(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    try:
+        rows = tomllib.loads(text).get(table, [])
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r"at line (\d+)", str(error))
+        line = int(at[1]) if at else len(text.splitlines())
+        raise InputError(f"{path}:{line}: is not valid TOML: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: `{table}` is no array of tables; write [[{table}]], in double brackets")
+    # tomllib gives no line numbers: count the headers, with multi-line strings (which may hold one) blanked out.
+    blank = re.sub(r"'''.*?'''|\"\"\".*?\"\"\"", lambda found: "\n" * found[0].count("\n"), text, flags=re.DOTALL)
+    header = re.compile(rf"\s*\[\[\s*{table}\s*\]\]")
+    lines = [n for n, line in enumerate(blank.splitlines(), start=1) if header.match(line)]
+    yield from zip(lines if len(lines) == len(rows) else [1] * len(rows), rows, strict=True)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
