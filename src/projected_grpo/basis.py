@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from projected_grpo.adapter import delta_s_modules, delta_s_parameters
+from projected_grpo.config import TokenReduction
 from projected_grpo.errors import InputError
 from projected_grpo.models import model_fingerprint
-from projected_grpo.pair_gradients import TokenReduction, pair_gradients
+from projected_grpo.pair_gradients import pair_gradients
 from projected_grpo.svd import fingerprint_mismatch
 from projected_grpo.version import __version__
 

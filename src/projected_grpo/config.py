@@ -13,8 +13,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from projected_grpo.errors import InputError
 
 ArmName = Literal["vanilla", "projected", "random", "random_matched", "placebo_style", "placebo_wrong", "flipped"]
-GateName = Literal["one_sided", "no_gate", "reverse"]
-TargetName = Literal["grad", "update", "both"]
+Gate = Literal["one_sided", "no_gate", "reverse"]
+ProjectTarget = Literal["grad", "update", "both"]
+TokenReduction = Literal["sum", "mean"]
 ControlName = Literal["none", "random", "placebo_style", "placebo_wrong", "flipped"]
 ModeName = Literal["run_tests", "none"]
 
@@ -64,7 +65,7 @@ class BasisOptions(ModelOptions):
     """Directions kept per module before the noise floor."""
     drop_bottom_frac: float = 0.25
     """Global quantile of the kept singular values below which an axis is dropped (published: 0.25)."""
-    token_reduction: Literal["sum", "mean"] = "sum"
+    token_reduction: TokenReduction = "sum"
     """Of a completion's log-probabilities: `sum` as Dr. GRPO, `mean` as earlier work (favours short completions)."""
     temperature: float = 0.7
     """Sampling temperature, by which every log-probability is scaled too."""
@@ -120,13 +121,13 @@ class TrainConfig(BasisOptions):
 
     basis: Path | None = None
     """A basis file of this very model; without it the basis is extracted before the first step."""
-    gate: GateName = "one_sided"
+    gate: Gate = "one_sided"
     """What is taken out: only hack-ward parts, both signs, or hack-ward parts turned round."""
     overshoot: float = 1.0
     """Times what the gate takes out."""
     preserve_magnitude: bool = False
     """Restore the norm over all projected modules after the projection."""
-    project_target: TargetName = "grad"
+    project_target: ProjectTarget = "grad"
     """Project the gradient (as published), the optimiser's update, or both."""
     vhack_refresh_every: int = 0
     """Optimiser steps between two extractions on the current policy; 0 keeps the first basis."""

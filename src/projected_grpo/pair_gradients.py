@@ -12,7 +12,7 @@ The plain version: one backward a pair, one pair at a time.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.adapter import delta_s_modules, delta_s_parameters
+from projected_grpo.config import TokenReduction
 from projected_grpo.encoding import encode_completion, encode_prompt
 from projected_grpo.errors import InputError
 from projected_grpo.pairs import ContrastivePair
-
-TokenReduction = Literal["sum", "mean"]
 
 
 def pair_gradients(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -22,11 +22,10 @@ from transformers import TrainerCallback
 
 from projected_grpo.adapter import delta_s_parameters
 from projected_grpo.basis import HackBasis
+from projected_grpo.config import Gate, ProjectTarget
 from projected_grpo.errors import InputError
 
 BASIS_FILE = "basis.safetensors"  # in every checkpoint
-Gate = Literal["one_sided", "no_gate", "reverse"]
-ProjectTarget = Literal["grad", "update", "both"]
 Grads = Mapping[str, Float[Tensor, " r"]]
 
 

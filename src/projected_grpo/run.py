@@ -29,6 +29,7 @@ from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import InputError, RunInterrupted, saving_faults
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import load_model
+from projected_grpo.pairs import PairSet
 from projected_grpo.pool import TeacherPool, load_pool
 from projected_grpo.projection import BASIS_FILE, ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
@@ -66,10 +67,10 @@ def train(config: TrainConfig) -> str:
             f"exceeds the {len(problems)} problems of {config.problems}; lower one or add problems"
         )
     pool = _teacher_pool(config, problems)
-    basis = _basis_of(config)
+    basis = _basis_of(config, pairs)
     loaded = load_model(config.model, config.dtype, config.device)
     prompter = Prompter(loaded, config.max_prompt_length)
-    prompt_rows(prompter, problems, config.mode)  # refuses a prompt that is too long
+    dataset = Dataset.from_list(prompt_rows(prompter, problems, config.mode))
     if pool is not None:
         by_id = {problem.id: problem for problem in problems}
         texts = [prompter.completion(by_id[row.problem_id], row.completion) for row in pool.rows]
@@ -84,10 +85,10 @@ def train(config: TrainConfig) -> str:
     callback = _projection(config, model, prompter, basis)
     args = _grpo_config(config, prompter)
     with _run_folder(config) as folder:
-        return _train(config, folder, args, model, prompter, problems, pool, callback)
+        return _train(config, folder, args, model, prompter, dataset, problems, pool, callback)
 
 
-def _basis_of(config: TrainConfig) -> HackBasis | None:
+def _basis_of(config: TrainConfig, pairs: PairSet) -> HackBasis | None:
     """The basis file, which must be a real one made with the run's own settings."""
     if config.basis is None:
         return None
@@ -100,7 +101,7 @@ def _basis_of(config: TrainConfig) -> HackBasis | None:
             f"--basis {config.basis} was extracted from a trained policy; extract one from the model itself"
         )
     for flag, theirs, ours in (
-        ("--pairs", info.pair_set_sha256, pairs_of(config).sha256),
+        ("--pairs", info.pair_set_sha256, pairs.sha256),
         ("--v-hack-k", info.top_k, config.v_hack_k),
         ("--drop-bottom-frac", info.drop_bottom_frac, config.drop_bottom_frac),
         ("--token-reduction", info.token_reduction, config.token_reduction),
@@ -142,6 +143,7 @@ def _train(
     args: GRPOConfig,
     model: PeftModel,
     prompter: Prompter,
+    dataset: Dataset,
     problems: list[Problem],
     pool: TeacherPool | None,
     callback: ProjectionCallback,
@@ -152,6 +154,7 @@ def _train(
         Grader(workers=config.grader_workers) as grader,
         StepLog(folder, config.arm, config.gate, config.project_target, config.steps, start_step=start_step) as log,
     ):
+        logger.info(f"arm {config.arm}: {ARMS[config.arm].summary}")
         logger.info(f"grader isolation: {', '.join(grader.isolation) or 'resource limits only'}")
         if config.basis is None or callback.basis.info.kind != "real":
             logger.info("\n" + describe(callback.basis))
@@ -160,7 +163,7 @@ def _train(
         trainer = ProjectedGRPOTrainer(
             model=model,
             args=args,
-            train_dataset=Dataset.from_list(prompt_rows(prompter, problems, config.mode)),
+            train_dataset=dataset,
             processing_class=prompter.loaded.tokenizer,
             projection=callback,
             reward=CodeReward(grader, problems),

@@ -7,7 +7,7 @@ printed above each header.
 
 `metrics.jsonl` holds every number that was given, printed or not; a number that is not finite becomes null, with one
 warning for its key. Left out on purpose: where the numbers come from (metrics are plain numbers; no torch here), and
-experiment trackers (`--report-to` is the trainer's).
+experiment trackers.
 """
 
 import json
