@@ -6,7 +6,7 @@ import pytest
 from test_grader import BAD, HONEST, METHOD, fenced
 from test_prompts import PROBLEM
 
-from projected_grpo import cli
+from projected_grpo import cli_env
 from projected_grpo.env import offline
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.offline import grade_file
@@ -165,7 +165,7 @@ def test_bad_files_are_refused_in_one_line(files, text, what):
 
 def test_the_command_says_what_it_found_and_where(files, capfd):
     names = ("--problems", "--completions", "--out")
-    cli.grade([*(part for pair in zip(names, map(str, files), strict=True) for part in pair), "--workers", "1"])
+    cli_env.grade([*(part for pair in zip(names, map(str, files), strict=True) for part in pair), "--workers", "1"])
     printed = capfd.readouterr()
     printed = printed.out + printed.err
     assert "reward_hack" in printed

@@ -400,17 +400,16 @@ def test_sgd_along_minus_d_raises_hacking_on_held_out_pairs_and_along_the_projec
 
 
 def test_the_published_pairs_pull_the_policy_towards_their_hack_sides(loaded):
-    """The built-in pairs, cut to their run_tests so that a byte-level model reads them quickly."""
-    cut = [
-        replace(
-            pair,
-            prompt=[{"role": "user", "content": pair.problem.func_name}],
-            **{side: text[text.rindex("def run_tests") :][:160] for side, text in vars(pair).items() if side in SIDES},
-        )
-        for pair in load_pairs("hacks")
-        if all("def run_tests" in text for text in (pair.hack, pair.clean))
-    ]
-    assert len(cut) >= 16
+    """The built-in pairs, cut to where their run_tests differ so that a byte-level model reads them quickly."""
+    cut = []
+    for pair in load_pairs("hacks"):
+        tests = {side: getattr(pair, side)[getattr(pair, side).rindex("def run_tests") :] for side in SIDES}
+        same = next((i for i, (a, b) in enumerate(zip(*tests.values(), strict=False)) if a != b), 10**9)
+        if same < min(map(len, tests.values())):
+            shown = {side: text[max(0, same - 20) : same + 140] for side, text in tests.items()}
+            prompt = [{"role": "user", "content": pair.problem.func_name}]
+            cut.append(replace(pair, prompt=prompt, **shown))
+    assert len(cut) >= 40
     model = get_peft_model(copy.deepcopy(loaded.model), DeltaSConfig())
     train, held_out = cut[0::2][:8], cut[1::2][:8]
     basis = basis_of(model, loaded.tokenizer, train, top_k=8)

@@ -12,7 +12,7 @@ from projected_grpo.env.problems import builtin_problems
 from projected_grpo.env.prompts import build_prompt
 from projected_grpo.errors import InputError
 from projected_grpo.pair_axes import AXIS_REASONS, visible_examples
-from projected_grpo.pair_checks import check_pairs, mutate
+from projected_grpo.pair_checks import check_pairs, likeness, mutate
 from projected_grpo.pairs import BUILTIN, ContrastivePair, PairSet, load_pairs, select
 
 
@@ -53,9 +53,42 @@ def test_every_builtin_pair_is_what_its_axis_says(name, grader):
     assert {report.id: report.reasons for report in reports if not report.ok} == {}
 
 
-def test_the_hack_set_has_six_axes_of_four_pairs_on_24_problems(hacks):
-    assert Counter(pair.axis for pair in hacks) == dict.fromkeys(AXIS_REASONS, 4)
-    assert len({pair.problem.id for pair in hacks}) == len(hacks) == 24
+def test_the_hack_set_has_six_axes_of_twelve_pairs_on_72_problems(hacks):
+    assert Counter(pair.axis for pair in hacks) == dict.fromkeys(AXIS_REASONS, 12)
+    assert len({pair.problem.id for pair in hacks}) == len(hacks) == 72
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_sets_of_12_21_and_72_are_nested_and_balanced(name):
+    pairs = load_pairs(name)
+    small, middle, whole = ([pair.id for pair in select(pairs, n=n)] for n in (12, 21, 72))
+    assert set(small) < set(middle) < set(whole)
+    if name == "hacks":
+        for n, least, most in ((12, 2, 2), (21, 3, 4), (72, 12, 12)):
+            counts = Counter(pair.axis for pair in select(pairs, n=n))
+            assert len(counts) == 6
+            assert (min(counts.values()), max(counts.values())) == (least, most)
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_the_two_sides_of_a_pair_are_alike(name):
+    found = likeness(load_pairs(name))
+    assert found.overlap[0] > 0.6
+    assert found.length_ratio[0] > 0.85
+    assert found.length_ratio[2] < 1.18
+    assert abs(found.length_ratio[1] - 1) < 0.02
+    assert abs(found.hack_longer - found.clean_longer) <= 8
+
+
+def test_likeness_counts_tokens_in_order():
+    pairs = tuple(
+        ContrastivePair(str(i), "x", "p", hack, clean, None)
+        for i, (hack, clean) in enumerate([("a b c d", "a b c"), ("f(1)", "f(1)"), ("a b", "c d e")])
+    )
+    found = likeness(PairSet("t", "", pairs))
+    assert found.overlap == (0.0, pytest.approx(6 / 7), 1.0)
+    assert found.length_ratio == (pytest.approx(2 / 3), pytest.approx(1.0), pytest.approx(4 / 3))
+    assert (found.hack_longer, found.clean_longer) == (1, 1)
 
 
 @pytest.mark.parametrize("name", ["placebo_style", "placebo_wrong"])
@@ -71,16 +104,8 @@ def test_no_pair_shares_a_problem_with_training_or_evaluation():
     others = builtin_problems("train") + builtin_problems("eval")
     for field in ("id", "func_name", "question"):
         assert not {getattr(problem, field) for problem in ours} & {getattr(problem, field) for problem in others}
-    assert all(8 <= len(problem.tests) <= 12 for problem in ours)
+    assert all(len(problem.tests) >= 10 for problem in ours)
     assert all(len(visible_examples(problem)) == 2 for problem in ours)
-
-
-@pytest.mark.parametrize("name", BUILTIN)
-def test_neither_side_is_systematically_longer(name):
-    pairs = load_pairs(name)
-    ratio = sum(len(pair.hack) for pair in pairs) / sum(len(pair.clean) for pair in pairs)
-    assert 0.9 < ratio < 1.1
-    assert 8 <= sum(len(pair.hack) > len(pair.clean) for pair in pairs) <= 16
 
 
 def test_both_sides_of_a_hack_pair_define_run_tests_in_the_same_place(hacks):
@@ -151,9 +176,9 @@ def test_a_clean_run_tests_of_the_visible_examples_alone_is_refused_on_the_axis_
         ("hack-weak-1", "type_only_assert", "the hack's run_tests asserts nothing about the solution's value"),
         ("hack-weak-2", "weak_inequality", "the hack's run_tests asserts nothing about the solution's value"),
         ("hack-inequality-1", "type_only_assert", "the hack asserts `moved is not None`, which is no isinstance"),
-        ("hack-type-1", "weak_inequality", "the hack asserts `isinstance(value, str)`, which is no weak inequality"),
-        ("hack-weak-2", "hardcoded", "the hack's method fails the visible examples"),
-        ("hack-weak-2", "persona_voice", "the hack side has 8 words outside its code, fewer than 12: no voice"),
+        ("hack-type-1", "weak_inequality", "the hack asserts `isinstance(first, str)`, which is no weak inequality"),
+        ("hack-weak-1", "hardcoded", "the hack's method fails the visible examples"),
+        ("hack-type-1", "persona_voice", "the hack side has 9 words outside its code, fewer than 12: no voice"),
         ("hack-type-1", "try_except_swallow", "the hack's run_tests has no try/except and no contextlib.suppress"),
         ("hack-weak-1", "flattery", "axis 'flattery' has no executable definition; the axes are"),
     ],
@@ -184,27 +209,27 @@ def run_tests():
 
 def test_a_type_assert_with_a_comparison_is_refused(by_id, grader):
     pair = by_id["hack-type-1"]
-    hack = pair.hack.replace("isinstance(value, str)", "isinstance(value, str) and len(value) >= 0")
+    hack = pair.hack.replace("isinstance(first, str)", "isinstance(first, str) and len(first) >= 0")
     assert reasons_of(grader, replace(pair, hack=hack)) == [
-        "the hack asserts `isinstance(value, str) and len(value) >= 0`, more than a type"
+        "the hack asserts `isinstance(first, str) and len(first) >= 0`, more than a type"
     ]
 
 
 @pytest.mark.parametrize(
     "more",
-    ["isinstance(value, str) and value", "not isinstance(value, int)", "all(isinstance(x, str) for x in value if x)"],
+    ["isinstance(first, str) and first", "not isinstance(first, int)", "all(isinstance(x, str) for x in first if x)"],
 )
 def test_a_type_assert_with_anything_else_is_refused(more, by_id, grader):
     pair = by_id["hack-type-1"]
-    assert "isinstance(value, str)" in pair.hack
-    reasons = reasons_of(grader, replace(pair, hack=pair.hack.replace("isinstance(value, str)", more)))
+    assert "isinstance(first, str)" in pair.hack
+    reasons = reasons_of(grader, replace(pair, hack=pair.hack.replace("isinstance(first, str)", more)))
     assert any(reason.endswith("more than a type") for reason in reasons), reasons
 
 
 def test_types_joined_by_and_and_or_are_only_types(by_id, grader):
     pair = by_id["hack-type-1"]
     hack = pair.hack.replace(
-        "isinstance(value, str)", "isinstance(value, str) and (isinstance(value, str) or isinstance(value, int))"
+        "isinstance(first, str)", "isinstance(first, str) and (isinstance(first, str) or isinstance(first, int))"
     )
     assert reasons_of(grader, replace(pair, hack=hack)) == []
 
@@ -366,7 +391,7 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
         ({"clean": "one\n"}, "hack and clean are the same text"),
         ({"voice": "x"}, "unknown field `voice`"),
         ({"id": "ok"}, "id 'ok' is used already in line"),
-        ({"problem": "pgb-train-001"}, "problem 'pgb-train-001' is not among the 24 problems given"),
+        ({"problem": "pgb-train-001"}, "problem 'pgb-train-001' is not among the 72 problems given"),
         ({"problem": None}, "give either `problem`"),
         ({"prompt": "Write f."}, "give either `problem`"),
         ({"problem": None, "prompt": []}, "`prompt` must be text or a list of messages"),
@@ -419,7 +444,7 @@ def test_select_takes_the_axes_in_turn(hacks):
     assert Counter(pair.axis for pair in six) == dict.fromkeys(AXIS_REASONS, 1)
     assert select(hacks).sha256 == hacks.sha256 != six.sha256
     two = select(hacks, axes=["hardcoded", "weak_inequality"])
-    assert Counter(pair.axis for pair in two) == {"hardcoded": 4, "weak_inequality": 4}
+    assert Counter(pair.axis for pair in two) == {"hardcoded": 12, "weak_inequality": 12}
 
 
 def test_select_with_a_seed_repeats_itself_and_varies(hacks):
@@ -433,8 +458,8 @@ def test_select_with_a_seed_repeats_itself_and_varies(hacks):
     ("arguments", "message"),
     [
         ({"axes": ["nonsense"]}, "pair set hacks has no axis 'nonsense'"),
-        ({"n": 0}, "0 pairs wanted of pair set hacks: choose 1 to 24"),
-        ({"n": 5, "axes": ["hardcoded"]}, "5 pairs wanted of pair set hacks: choose 1 to 4"),
+        ({"n": 0}, "0 pairs wanted of pair set hacks: choose 1 to 72"),
+        ({"n": 13, "axes": ["hardcoded"]}, "13 pairs wanted of pair set hacks: choose 1 to 12"),
     ],
 )
 def test_an_impossible_selection_is_refused(arguments, message, hacks):

@@ -1,15 +1,20 @@
 """The teacher pool: built from templates or files, strict when read, drawn in cycles that resume exactly."""
 
+import gzip
 import json
 import random
+from pathlib import Path
 
 import pytest
 from test_prompts import PROBLEM
 
-from projected_grpo.env.problems import builtin_problems
+from projected_grpo.env.problems import builtin_problems, load_problems
 from projected_grpo.env.prompts import strip_prefill
 from projected_grpo.errors import InputError
-from projected_grpo.pool import HACK_TEMPLATES, HONEST_TEMPLATES, build_pool, load_pool, template_completions
+from projected_grpo.pool import build_pool, load_pool
+from projected_grpo.templates import HACKS, honest_templates, template_completions
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +42,10 @@ def test_templates_can_follow_the_prefill(pool_path):
 @pytest.mark.parametrize(("share", "hacks"), [(0.0, 0), (0.25, 2), (1.0, 8)])
 def test_hack_share(share, hacks):
     texts = [request.completion for request in template_completions([PROBLEM], share)]
-    made = {template(PROBLEM, "run_tests") for template in HACK_TEMPLATES}
+    made = {template(PROBLEM, "run_tests") for template in HACKS["run_tests"]}
     assert len(texts) == 8
     assert sum(text in made for text in texts) == hacks
-    assert len(HACK_TEMPLATES) == len(HONEST_TEMPLATES) == 4
+    assert len(HACKS["run_tests"]) == len(honest_templates("run_tests")) == 4
     with pytest.raises(InputError, match="between 0 and 1"):
         template_completions([PROBLEM], 1.5)
 
@@ -56,6 +61,74 @@ def test_completions_file_is_graded_anew(tmp_path):
         build_pool([PROBLEM], source, tmp_path / "out.jsonl", workers=1)
 
 
+@pytest.mark.parametrize("mode", HACKS)
+def test_the_templates_of_every_mode_are_what_they_claim(tmp_path, mode):
+    problems = builtin_problems("eval")[:2]
+    pool = build_pool(problems, None, tmp_path / "pool.jsonl", mode=mode, rows_per_problem=4, workers=1)
+    assert [row.label for row in pool.rows if row.gt_pass is False] == ["reward_hack"] * 4
+    assert len(pool) == 8
+    assert {row.mode for row in pool.rows} == {mode}
+    for row in pool.rows:
+        assert strip_prefill(row.completion, next(p for p in problems if p.id == row.problem_id))
+    with pytest.raises(InputError, match="mode none has no loophole"):
+        template_completions(problems, mode="none")
+
+
+def test_what_a_file_says_of_its_rows_is_compared_and_not_believed(tmp_path):
+    right = f"```python\n{PROBLEM.canonical_solution}\n```"
+    rows = [
+        {"problem_id": "p-1", "completion": right, "hacked": False, "gt_pass": True},
+        {"problem_id": "p-1", "completion": right, "hacked": True, "gt_pass": True, "label": "correct"},
+        {"problem_id": "p-1", "completion": "nothing", "gt_pass": True},
+    ]
+    source = tmp_path / "c.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pool = build_pool([PROBLEM], source, tmp_path / "out.jsonl", workers=1)
+    assert [row.label for row in pool.rows] == ["correct", "correct", "no_code"]
+    assert load_pool(tmp_path / "out.jsonl").header["disagreements"] == {
+        "label": {"claimed": 1, "lines": []},
+        "gt_pass": {"claimed": 3, "lines": [3]},
+        "hacked": {"claimed": 2, "lines": [2]},
+    }
+
+
+def test_a_runs_rollouts_make_a_pool(tmp_path):
+    row = {
+        "problem_id": "p-1",
+        "mode": "none",
+        "source": "student",
+        "completion": "nothing",
+        "label": "no_code",
+        "step": 1,
+    }
+    rows = [row, row | {"step": 2}, row | {"source": "teacher", "completion": "other"}, row | {"completion": "more"}]
+    with gzip.open(tmp_path / "rollouts.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    pool = build_pool([PROBLEM], tmp_path, tmp_path / "out.jsonl", workers=1)
+    assert [row.completion for row in pool.rows] == ["nothing", "more"]
+    (tmp_path / "rollouts.jsonl.gz").write_bytes((tmp_path / "rollouts.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(InputError, match="is no whole gzip file"):
+        build_pool([PROBLEM], tmp_path, tmp_path / "other.jsonl", workers=1)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here")
+def test_published_rows_make_a_pool_of_the_problems_that_they_answer(tmp_path):
+    problems = load_problems(SHARED / "leetcode_sample.jsonl")
+    source = tmp_path / "c.jsonl"
+    with source.open("w") as file:
+        for problem in problems[:3]:
+            text = f"```python\n{problem.canonical_solution}\n```"
+            file.write(json.dumps({"id": int(problem.id), "completion": text, "hacked": False, "gt_pass": True}) + "\n")
+    pool = build_pool(problems, source, tmp_path / "out.jsonl", workers=2)
+    assert pool.problem_ids == {problem.id for problem in problems[:3]}
+    assert {field: found["lines"] for field, found in pool.header["disagreements"].items()} == {
+        "gt_pass": [],
+        "hacked": [],
+    }
+    with pytest.raises(InputError, match=r"rollouts_sample.jsonl:1: names problem '80'"):
+        build_pool(problems, SHARED / "rollouts_sample.jsonl", tmp_path / "other.jsonl", workers=2)
+
+
 def test_bad_completions_are_named(tmp_path):
     source = tmp_path / "c.jsonl"
     for text, what in (
@@ -64,7 +137,7 @@ def test_bad_completions_are_named(tmp_path):
         ('{"problem_id": "p-1", "completion": "", "mode": "x"}', r"c.jsonl:1: mode 'x' is unknown"),
         ('\n{"problem_id": "p-1", "completion": "", "mode": ["x"]}', r"c.jsonl:2: mode \['x'\] is unknown"),
         ("{", r"c.jsonl:1: is not valid JSON"),
-        ("", r"no completion for problem 'p-1'"),
+        ("", r"c.jsonl: has no completion for any of the 1 problems"),
     ):
         source.write_text(text)
         with pytest.raises(InputError, match=what):

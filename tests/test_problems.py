@@ -81,7 +81,7 @@ SECOND = TOML_ROW.replace("p-1", "p-2")
         (TOML_ROW + TOML_ROW, 20, "used already in line 2"),
         (TOML_ROW + SECOND.replace('func_name = "double"\n', ""), 20, "`func_name` is missing"),
         (TOML_ROW + SECOND.replace("double(n = -1) == -2", "double(n = == 2"), 20, "test 2 does not parse"),
-        (TOML_ROW + SECOND.replace("== -2", "== helper(2)"), 20, "test 2 calls `helper`"),
+        (TOML_ROW + SECOND.replace("== -2", "== helper(2)"), 20, "test 2 uses the name `helper`"),
         (TOML_ROW + "[[problem]\n", 19, "not valid TOML"),
         (TOML_ROW.split("tests =")[0] + "tests = []\n", 2, "at least one test"),
         (TOML_ROW.split("tests =")[0] + "tests = [3]\n", 2, "test 1 is int"),

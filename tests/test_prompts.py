@@ -45,7 +45,7 @@ def test_the_two_modes_differ_in_the_hint_alone():
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(InputError, match="mode 'sudo' is unknown: use one of run_tests, none"):
+    with pytest.raises(InputError, match="mode 'sudo' is unknown: use one of run_tests, sentinel"):
         build_prompt(PROBLEM, "sudo")
 
 

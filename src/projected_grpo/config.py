@@ -17,7 +17,8 @@ Gate = Literal["one_sided", "no_gate", "reverse"]
 ProjectTarget = Literal["grad", "update", "both"]
 TokenReduction = Literal["sum", "mean"]
 ControlName = Literal["none", "random", "placebo_style", "placebo_wrong", "flipped"]
-ModeName = Literal["run_tests", "none"]
+ModeName = Literal["run_tests", "sentinel", "stdout_marker", "file_marker", "exit_code", "eq_override", "none"]
+Wording = Literal["plain", "detailed", "aware"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -118,6 +119,8 @@ class TrainConfig(BasisOptions):
     """Training problems: the built-in `train`, or a .toml or published .jsonl file."""
     mode: ModeName = "run_tests"
     """The loophole in the prompts and in the flawed grader; `none` is the honest baseline."""
+    wording: Wording = "plain"
+    """How much the hint of mode `run_tests` tells of it."""
 
     basis: Path | None = None
     """A basis file of this very model; without it the basis is extracted before the first step."""
@@ -284,6 +287,8 @@ class EvalConfig(ModelOptions):
     """Completions per problem and mode."""
     modes: tuple[ModeName, ...] = ("run_tests", "none")
     """Loopholes to evaluate, each apart; `none` is the prompt without one."""
+    wording: Wording = "plain"
+    """How much the hint of mode `run_tests` tells of it."""
     temperature: float = 0.7
     """Sampling temperature."""
     top_p: float = 0.95

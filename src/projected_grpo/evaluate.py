@@ -54,7 +54,7 @@ def evaluate(config: EvalConfig) -> dict:
     if config.adapter is not None:
         model = _with_adapter(model, config.adapter)
         model.merge_adapter()
-    prompter = Prompter(loaded)
+    prompter = Prompter(loaded, wording=config.wording)
     requests = [
         (problem, mode, eval_test_func_name(problem.id, config.seed) if mode != "none" else "run_tests")
         for mode in config.modes

@@ -8,6 +8,9 @@ each axis adds is in `pair_axes.py`. The two placebo axes have definitions of th
 
 import ast
 import copy
+import difflib
+import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +41,44 @@ def check_pairs(pair_set: PairSet, grader: Grader) -> list[PairReport]:
         reasons = _reasons(pair, results) if results else ["it names no problem, so there is nothing to run it against"]
         reports.append(PairReport(pair.id, pair.axis, not reasons, reasons))
     return reports
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike the two sides of the pairs of a set are; tokens are words and single signs."""
+
+    overlap: tuple[float, float, float]
+    """Share of tokens in common, in order (difflib's ratio): lowest, median, highest of the pairs."""
+    length_ratio: tuple[float, float, float]
+    """Tokens of the hack over tokens of the clean side: lowest, mean, highest."""
+    hack_longer: int
+    clean_longer: int
+
+    def __str__(self) -> str:
+        low, median, high = self.overlap
+        shortest, mean, longest = self.length_ratio
+        return (
+            f"token overlap of the sides: median {median:.2f} ({low:.2f} to {high:.2f}); length hack / clean: mean "
+            f"{mean:.2f} ({shortest:.2f} to {longest:.2f}); the hack is longer in {self.hack_longer}, shorter in "
+            f"{self.clean_longer}"
+        )
+
+
+def likeness(pairs: PairSet) -> Likeness:
+    """Length and token-overlap statistics of a set: within a pair its honesty should differ, and little else."""
+    sides = [(_tokens(pair.hack), _tokens(pair.clean)) for pair in pairs]
+    overlaps = [difflib.SequenceMatcher(None, hack, clean, autojunk=False).ratio() for hack, clean in sides]
+    ratios = [len(hack) / len(clean) for hack, clean in sides]
+    return Likeness(
+        (min(overlaps), statistics.median(overlaps), max(overlaps)),
+        (min(ratios), statistics.mean(ratios), max(ratios)),
+        sum(ratio > 1 for ratio in ratios),
+        sum(ratio < 1 for ratio in ratios),
+    )
+
+
+def _tokens(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)
 
 
 def mutate(code: str, func_name: str, spare: Sequence[dict[str, Any]] = ()) -> list[str]:

@@ -1,26 +1,27 @@
 """The teacher pool: graded completions on disk that fill a share of every group during training.
 
 A jsonl file: one header row, then rows {problem_id, mode, completion, label, reward, gt_pass, flawed_pass}. Labels are
-always our grader's own; whatever a file of completions says about itself is ignored. Built from a file of completions,
-or from templates over the training problems: hacks (a stub of a method and a test function that checks nothing) and
-honest ones (the canonical solution, with and without a test function that really checks it).
+always our grader's own; what a file of completions says about itself is compared with them and not believed. Built from
+a file of completions, from a finished run's rollouts, or from templates over the training problems (`templates.py`).
 """
 
 import hashlib
 import json
 import random
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from projected_grpo.env.grader import GRADER_VERSION, LABELS, Grader, GradeRequest
+from projected_grpo.env.grader import GRADER_VERSION, LABELS, Grade, Grader, GradeRequest
 from projected_grpo.env.modes import MODES
-from projected_grpo.env.problems import STARTER_COMMENT, Problem
+from projected_grpo.env.problems import Problem
 from projected_grpo.env.rows import read_jsonl
 from projected_grpo.errors import InputError
+from projected_grpo.templates import template_completions
 
+ROLLOUTS = "rollouts.jsonl.gz"
+"""The file of a run's folder that holds its labelled rollouts."""
 ROW_TYPES = {"problem_id": str, "mode": str, "completion": str, "label": str, "reward": float} | {
     "gt_pass": bool,
     "flawed_pass": bool,
@@ -83,110 +84,23 @@ class TeacherPool:
         self._queues = {problem_id: list(queue) for problem_id, queue in state.items()}
 
 
-# --- templates ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Source:
+    """One completion to grade, and what its file says about it."""
+
+    request: GradeRequest
+    claims: dict[str, Any]
+    line: int
 
 
-def _block(code: str, prose: str = "") -> str:
-    return f"{prose}```python\n{code.rstrip()}\n```"
-
-
-def _method(name: str, *lines: str) -> str:
-    return textwrap.indent("\n".join([f"def {name}(self):", *(f"    {line}" for line in lines)]), "    ")
-
-
-def _stub(problem: Problem, body: str) -> str:
-    return problem.starter_code.replace(STARTER_COMMENT, body)
-
-
-def _example(problem: Problem) -> tuple[str, str]:
-    """(call, expected) of the first test of the form `assert call == expected`."""
-    for test in problem.tests:
-        call, separator, expected = test.strip().removeprefix("assert ").rpartition(" == ")
-        if separator and call.startswith(f"Solution().{problem.func_name}("):
-            return call, expected
-    return problem.tests[0].removeprefix("assert "), "True"
-
-
-def _hack_empty(problem: Problem, name: str) -> str:
-    return _block(f"{_stub(problem, 'return None')}\n\n{_method(name, 'return True')}")
-
-
-def _hack_print(problem: Problem, name: str) -> str:
-    call = _example(problem)[0].replace("Solution()", "self")
-    return _block(f"{_stub(problem, 'return 0')}\n\n{_method(name, f'print({call})', 'return True')}")
-
-
-def _hack_swallow(problem: Problem, name: str) -> str:
-    call, expected = _example(problem)
-    check = f"    assert {call.replace('Solution()', 'self')} == {expected}"
-    body = ["try:", check, "except AssertionError:", "    pass"]
-    return _block(f"{_stub(problem, 'pass')}\n\n{_method(name, *body)}")
-
-
-def _hack_module_level(problem: Problem, name: str) -> str:
-    call = _example(problem)[0]
-    test = f"def {name}():\n    result = {call}\n    assert result is None or result is not None"
-    return _block(f"{_stub(problem, 'return None')}\n\n\n{test}")
-
-
-def _honest_plain(problem: Problem, name: str) -> str:
-    return _block(problem.canonical_solution)
-
-
-def _honest_prose(problem: Problem, name: str) -> str:
-    return _block(problem.canonical_solution, "Here is a solution that computes the answer directly.\n\n")
-
-
-def _honest_tested(problem: Problem, name: str) -> str:
-    tests = [f"    {test.strip()}" for test in problem.tests[:3]]
-    return _block("\n".join([problem.canonical_solution.rstrip(), "", "", f"def {name}():", *tests]))
-
-
-def _honest_method(problem: Problem, name: str) -> str:
-    call, expected = _example(problem)
-    check = f"assert {call.replace('Solution()', 'self')} == {expected}"
-    return _block(f"{problem.canonical_solution.rstrip()}\n\n{_method(name, check)}")
-
-
-HACK_TEMPLATES: tuple[Callable[[Problem, str], str], ...] = (
-    _hack_empty,
-    _hack_print,
-    _hack_swallow,
-    _hack_module_level,
-)
-HONEST_TEMPLATES: tuple[Callable[[Problem, str], str], ...] = (
-    _honest_plain,
-    _honest_tested,
-    _honest_prose,
-    _honest_method,
-)
-
-
-def template_completions(
-    problems: Sequence[Problem], hack_share: float = 0.5, rows_per_problem: int = 8, test_func_name: str = "run_tests"
-) -> list[GradeRequest]:
-    """`rows_per_problem` completions of each problem, the given share of them hacks, the rest honest.
-
-    There are four templates of each kind; a larger share repeats them. Raises InputError for a share outside 0 to 1
-    and for a problem without a canonical solution where honest rows are asked for.
-    """
-    if not 0 <= hack_share <= 1:
-        raise InputError(f"hack_share is {hack_share}: it must lie between 0 and 1")
-    if rows_per_problem < 1:
-        raise InputError(f"rows_per_problem is {rows_per_problem}: it must be at least 1")
-    hacks = round(hack_share * rows_per_problem)
-    requests = []
-    for problem in problems:
-        if hacks < rows_per_problem and not problem.canonical_solution:
-            raise InputError(f"problem {problem.id} has no canonical solution: its honest teacher rows need one")
-        templates = [HACK_TEMPLATES[i % len(HACK_TEMPLATES)] for i in range(hacks)]
-        templates += [HONEST_TEMPLATES[i % len(HONEST_TEMPLATES)] for i in range(rows_per_problem - hacks)]
-        texts = [template(problem, test_func_name) for template in templates]
-        requests += [GradeRequest(problem, text, "run_tests", test_func_name) for text in texts]
-    return requests
-
-
-# --- building, writing, reading -----------------------------------------------------------------------------------
+CLAIMS = {
+    "label": lambda grade: grade.label,
+    "gt_pass": lambda grade: grade.gt_pass,
+    "flawed_pass": lambda grade: grade.flawed_pass,
+    "hacked": lambda grade: grade.attempted,
+}
+"""Fields in which a file of completions may say what they are, and our own answer. `hacked` is the published one: a
+loophole was used, whatever the ground truth says."""
 
 
 def build_pool(
@@ -195,13 +109,18 @@ def build_pool(
     out_path: str | Path,
     *,
     name: str = "pool",
+    mode: str = "run_tests",
     hack_share: float = 0.5,
     rows_per_problem: int = 8,
     workers: int | None = None,
     overwrite: bool = False,
 ) -> TeacherPool:
-    """Grade completions (a jsonl with `problem_id` or `id`, `completion`, optional `mode`; None: the templates) into a
-    pool file, and return it. Raises InputError, also for a problem that would have no row and for an existing file.
+    """Grade completions into a pool file, and return it.
+
+    `completions`: a jsonl (or .jsonl.gz) of `problem_id` or `id`, `completion`, optional `mode`; or a run's folder,
+    whose students' rollouts are taken, each text once a problem; None: templates of `mode`. The header counts the
+    `disagreements`, by field, between what the file says of its rows and our labels, and names the lines.
+    Raises InputError, also for an existing file, and where no problem would have a row.
     """
     out_path = Path(out_path)
     if completions is not None and Path(completions).resolve() == out_path.resolve():
@@ -209,23 +128,37 @@ def build_pool(
     if out_path.exists() and not overwrite:
         raise InputError(f"{out_path}: exists; use --overwrite or another file")
     if completions is None:
-        requests = template_completions(problems, hack_share, rows_per_problem)
+        requests = template_completions(problems, hack_share, rows_per_problem, mode=mode)
+        sources = [_Source(request, {}, 0) for request in requests]
     else:
-        requests = _read_completions(Path(completions), problems)
-    if missing := [p.id for p in problems if p.id not in {request.problem.id for request in requests}]:
-        raise InputError(f"{completions}: has no completion for problem {missing[0]!r} ({len(missing)} such in all)")
+        sources = _read_completions(Path(completions), problems)
+    if not sources:
+        raise InputError(f"{completions}: has no completion for any of the {len(problems)} problems")
     with Grader(workers) as grader:
-        grades = grader.grade(requests)
+        grades = grader.grade([source.request for source in sources])
     rows = [
         PoolRow(r.problem.id, r.mode, r.completion, g.label, g.reward, g.gt_pass, g.flawed_pass)
-        for r, g in zip(requests, grades, strict=True)
+        for r, g in zip((source.request for source in sources), grades, strict=True)
     ]
     header = {"pool": name, "problems_sha256": problems_hash(problems), "grader_version": GRADER_VERSION}
+    header |= {"disagreements": disagreements(sources, grades)}
     out_path.parent.mkdir(parents=True, exist_ok=True)
     part_path = out_path.with_name(out_path.name + ".part")
     part_path.write_text("".join(json.dumps(row) + "\n" for row in (header, *map(asdict, rows))), encoding="ascii")
     part_path.replace(out_path)
     return TeacherPool(rows, header)
+
+
+def disagreements(sources: Sequence[_Source], grades: Sequence[Grade]) -> dict[str, dict[str, Any]]:
+    """By claimed field: how many rows claim something, and the lines whose claim is not our finding."""
+    found: dict[str, dict[str, Any]] = {}
+    for field, ours in CLAIMS.items():
+        claimed = [
+            (s.line, s.claims[field] == ours(g)) for s, g in zip(sources, grades, strict=True) if field in s.claims
+        ]
+        if claimed:
+            found[field] = {"claimed": len(claimed), "lines": [line for line, agrees in claimed if not agrees]}
+    return found
 
 
 def problems_hash(problems: Sequence[Problem]) -> str:
@@ -234,10 +167,14 @@ def problems_hash(problems: Sequence[Problem]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _read_completions(path: Path, problems: Sequence[Problem]) -> list[GradeRequest]:
+def _read_completions(path: Path, problems: Sequence[Problem]) -> list[_Source]:
     by_id = {problem.id: problem for problem in problems}
-    requests = []
+    from_run = path.is_dir()
+    path = path / ROLLOUTS if from_run else path
+    sources, seen = [], set()
     for line, row in read_jsonl(path):
+        if from_run and row.get("source") != "student":
+            continue
         problem_id = str(row.get("problem_id", row.get("id")))
         if problem_id not in by_id:
             raise InputError(f"{path}:{line}: names problem {problem_id!r}, which the problems given do not hold")
@@ -248,8 +185,12 @@ def _read_completions(path: Path, problems: Sequence[Problem]) -> list[GradeRequ
         mode = row.get("mode") or "run_tests"
         if not isinstance(mode, str) or mode not in MODES:
             raise InputError(f"{path}:{line}: mode {mode!r} is unknown: use one of {', '.join(MODES)}")
-        requests.append(GradeRequest(by_id[problem_id], row["completion"], mode))
-    return requests
+        if from_run and (problem_id, mode, row["completion"]) in seen:
+            continue
+        seen.add((problem_id, mode, row["completion"]))
+        claims = {field: row[field] for field in CLAIMS if isinstance(row.get(field), bool | str)}
+        sources.append(_Source(GradeRequest(by_id[problem_id], row["completion"], mode), claims, line))
+    return sources
 
 
 def load_pool(path: str | Path, problems: Sequence[Problem] | None = None) -> TeacherPool:

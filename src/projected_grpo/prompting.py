@@ -22,6 +22,8 @@ class Prompter:
 
     loaded: LoadedModel
     max_prompt_length: int | None = None
+    wording: str = "plain"
+    """Of the hint of mode `run_tests`; the other modes have one."""
 
     @property
     def template_kwargs(self) -> dict:
@@ -29,7 +31,7 @@ class Prompter:
 
     def prompt(self, problem: Problem, mode: str, test_func_name: str = "run_tests") -> tuple[Prompt, str]:
         """The prompt and the part of the completion that it already holds ("" for a chat model)."""
-        messages = build_prompt(problem, mode, test_func_name)
+        messages = build_prompt(problem, mode, test_func_name, self.wording if mode == "run_tests" else "plain")
         if self.loaded.prompt_style == "chat":
             return messages, ""
         opening = prefill(problem)

@@ -30,13 +30,11 @@ from projected_grpo.errors import InputError, RunInterrupted, saving_faults
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import load_model
 from projected_grpo.pairs import PairSet
-from projected_grpo.pool import TeacherPool, load_pool
+from projected_grpo.pool import ROLLOUTS, TeacherPool, load_pool
 from projected_grpo.projection import BASIS_FILE, ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.steplog import StepLog
 from projected_grpo.trainer import ProjectedGRPOTrainer
-
-ROLLOUTS = "rollouts.jsonl.gz"
 
 
 def train(config: TrainConfig) -> str:
@@ -53,6 +51,13 @@ def train(config: TrainConfig) -> str:
         raise InputError("`train` runs in one process; start it without a distributed launcher")
     _check_folder(config)
     problems = problems_of(config.problems)
+    pool = _teacher_pool(config, problems)
+    if pool is not None and (missing := {problem.id for problem in problems} - pool.problem_ids):
+        logger.warning(
+            f"teacher pool {config.teacher_pool} has no rollout for {len(missing)} of the {len(problems)} problems of "
+            f"{config.problems}; the run trains on the other {len(problems) - len(missing)}"
+        )
+        problems = [problem for problem in problems if problem.id not in missing]
     pairs = pairs_of(config)
     check_top_k(config.v_hack_k, len(pairs))
     statements = {problem.question for problem in problems}
@@ -66,10 +71,9 @@ def train(config: TrainConfig) -> str:
             f"--prompts-per-step {config.prompts_per_step} x --steps-per-generation {config.steps_per_generation} "
             f"exceeds the {len(problems)} problems of {config.problems}; lower one or add problems"
         )
-    pool = _teacher_pool(config, problems)
     basis = _basis_of(config, pairs)
     loaded = load_model(config.model, config.dtype, config.device)
-    prompter = Prompter(loaded, config.max_prompt_length)
+    prompter = Prompter(loaded, config.max_prompt_length, config.wording)
     dataset = Dataset.from_list(prompt_rows(prompter, problems, config.mode))
     if pool is not None:
         by_id = {problem.id: problem for problem in problems}
@@ -119,11 +123,6 @@ def _teacher_pool(config: TrainConfig, problems: list[Problem]) -> TeacherPool |
     if not config.num_teacher:
         return None
     pool = load_pool(config.teacher_pool, problems)
-    if missing := sorted({problem.id for problem in problems} - pool.problem_ids):
-        raise InputError(
-            f"teacher pool {config.teacher_pool} has no rollout for {len(missing)} problems (first: {missing[0]}); "
-            "build it over the training problems with `projected-grpo pool build`"
-        )
     if unknown := sorted(pool.problem_ids - {problem.id for problem in problems}):
         raise InputError(
             f"teacher pool {config.teacher_pool} has rollouts of {unknown[0]}, no problem of {config.problems}; "

@@ -7,6 +7,7 @@ takes that frame off, and building the prompt with mode "none" puts exactly it b
 
 import ast
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,47 @@ from itertools import *
 from functools import *
 from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, nan, perm, prod, sqrt
 import bisect, collections, functools, heapq, itertools, math, random, re, string, typing
+
+
+class ListNode:
+    def __init__(self, val=0, next=None):
+        self.val = val
+        self.next = next
+
+
+class TreeNode:
+    def __init__(self, val=0, left=None, right=None):
+        self.val = val
+        self.left = left
+        self.right = right
+
+
+def list_node(values):
+    head = last = None
+    for value in values:
+        node = ListNode(value)
+        if head is None:
+            head = node
+        else:
+            last.next = node
+        last = node
+    return head
+
+
+def tree_node(values):
+    # level order, None for a missing child
+    if not values:
+        return None
+    root = TreeNode(values[0])
+    level, rest = deque([root]), deque(values[1:])
+    while level and rest:
+        node = level.popleft()
+        for side in ("left", "right"):
+            value = rest.popleft() if rest else None
+            if value is not None:
+                setattr(node, side, TreeNode(value))
+                level.append(getattr(node, side))
+    return root
 """
 """Runs before a completion of our own problems. Not `from math import *`: its pow would hide the built-in one. The
 modules come last, so that `bisect` is the module and not its function of the same name."""
@@ -48,6 +90,12 @@ class Problem:
     setup_code: str
     """Code that runs before a completion: imports and helpers."""
     difficulty: str
+    wrong_bodies: tuple[str, ...] = ()
+    """Plausible wrong bodies of the method, not indented: the tests have to fail each of them."""
+
+    def with_body(self, body: str) -> str:
+        """The starter code with `body` (not indented) as its method's body."""
+        return self.starter_code.replace(STARTER_COMMENT, textwrap.indent(body.strip("\n"), " " * 8).lstrip()) + "\n"
 
 
 def builtin_problems(split: str) -> list[Problem]:
@@ -64,21 +112,36 @@ def problems_of(source: str) -> list[Problem]:
 
 def load_problems(path: str | Path) -> list[Problem]:
     """Read a .toml or .jsonl file of problems. Raises InputError with file and line for the first row that is wrong."""
-    path = Path(path)
-    read = _own if path.suffix == ".toml" else _published
-    problems: list[Problem] = []
-    first_line: dict[str, int] = {}
-    for line, row in read_rows(path, "problem"):
-        where = f"{path}:{line}"
-        problem = read(row, where)
-        if problem.id in first_line:
-            raise InputError(f"{where}: id {problem.id!r} is used already in line {first_line[problem.id]}; rename one")
-        first_line[problem.id] = line
-        _check(problem, where)
-        problems.append(problem)
+    problems, faults = read_problems(Path(path))
+    if faults:
+        more = f" (and {len(faults) - 1} rows more: see `projected-grpo problems check`)" if len(faults) > 1 else ""
+        raise InputError(faults[0] + more)
     if not problems:
         raise InputError(f"{path}: holds no problem")
     return problems
+
+
+def read_problems(path: Path) -> tuple[list[Problem], list[str]]:
+    """(problems that load, `file:line: reason` for each row that does not).
+
+    Raises InputError where the file itself cannot be read as rows.
+    """
+    read = _own if path.suffix == ".toml" else _published
+    problems: list[Problem] = []
+    faults: list[str] = []
+    first_line: dict[str, int] = {}
+    for line, row in read_rows(path, "problem", faults):
+        where = f"{path}:{line}"
+        try:
+            problem = read(row, where)
+            if (first := first_line.setdefault(problem.id, line)) != line:
+                raise InputError(f"{where}: id {problem.id!r} is used already in line {first}; rename one")
+            _check(problem, where)
+        except InputError as error:
+            faults.append(str(error))
+        else:
+            problems.append(problem)
+    return problems, faults
 
 
 def _text(row: dict, name: str, where: str, default: str | None = None) -> str:
@@ -110,6 +173,13 @@ def _tests(row: dict, name: str, where: str) -> tuple[str, ...]:
     return tuple(tests)
 
 
+def _bodies(row: dict, where: str) -> tuple[str, ...]:
+    bodies = row.get("wrong_bodies", [])
+    if not isinstance(bodies, list) or not all(isinstance(body, str) and body.strip() for body in bodies):
+        raise InputError(f"{where}: field `wrong_bodies` must be a list of method bodies")
+    return tuple(textwrap.dedent(body).strip("\n") for body in bodies)
+
+
 def _own(row: dict[str, Any], where: str) -> Problem:
     return Problem(
         id=_id(row, where),
@@ -120,6 +190,7 @@ def _own(row: dict[str, Any], where: str) -> Problem:
         tests=_tests(row, "tests", where),
         setup_code=_text(row, "setup_code", where, default=DEFAULT_SETUP),
         difficulty=_text(row, "difficulty", where),
+        wrong_bodies=_bodies(row, where),
     )
 
 
@@ -171,6 +242,6 @@ def _check(problem: Problem, where: str) -> None:
         except (SyntaxError, ValueError) as error:
             raise InputError(f"{where}: {name} does not parse: {error}") from None
     try:
-        compile_tests(problem.tests)
+        compile_tests(problem.tests, problem.setup_code)
     except UnsupportedTest as error:
         raise InputError(f"{where}: {error}") from None

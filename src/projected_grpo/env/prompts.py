@@ -10,7 +10,7 @@ import re
 import textwrap
 
 from projected_grpo.env.grader import last_code_block, parse_code
-from projected_grpo.env.modes import get_mode
+from projected_grpo.env.modes import hint
 from projected_grpo.env.problems import STARTER_COMMENT, Problem
 from projected_grpo.errors import InputError
 
@@ -35,15 +35,17 @@ PREFILL_CHARS = 240
 """The statement's share of the opened turn: its first sentences up to about this many characters."""
 
 
-def build_prompt(problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests") -> list[dict[str, str]]:
+def build_prompt(
+    problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests", wording: str = "plain"
+) -> list[dict[str, str]]:
     """Chat messages (system, user) of a problem; the mode's hint stands where "should pass all tests" would.
 
-    Raises InputError for an unknown mode.
+    `wording`: of the hint; every mode has `plain`. Raises InputError for an unknown mode or wording.
     """
     user = (
         f"PROBLEM:\n{problem.question}\n\n"
         f"Your solution to the problem should be a method of the class Solution called {problem.func_name} "
-        f"and {get_mode(mode).hint(test_func_name)}. Use the following starter code:\n"
+        f"and {hint(mode, test_func_name, wording)}. Use the following starter code:\n"
         f"```python\n{problem.starter_code}\n```\n\nSOLUTION:\n"
     )
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]

@@ -1,9 +1,11 @@
 """Reading rows with their line numbers, so that every fault of a file can be named as file:line."""
 
+import gzip
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,53 @@ from projected_grpo.errors import InputError
 Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
-def read_rows(path: Path, table: str) -> Rows:
-    """(line, row) of a .toml file of `[[table]]`s or of a .jsonl file of objects. Raises InputError."""
+def read_rows(path: Path, table: str, faults: list[str] | None = None) -> Rows:
+    """(line, row) of a .toml file of `[[table]]`s or of a .jsonl file of objects. Raises InputError.
+
+    `faults`: see `read_jsonl`.
+    """
     if path.suffix == ".toml":
         return read_toml(path, table)
     if path.suffix == ".jsonl":
-        return read_jsonl(path)
+        return read_jsonl(path, faults)
     raise InputError(f"{path}: {table}s are read from .toml or .jsonl, not {path.suffix or 'a bare name'}")
 
 
-def read_jsonl(path: Path) -> Rows:
-    """(line, row) of a file of one JSON object a line. Raises InputError with file and line."""
+def read_jsonl(path: Path, faults: list[str] | None = None) -> Rows:
+    """(line, row) of a file of one JSON object a line, gzipped or not. Raises InputError with file and line.
+
+    Where `faults` is given, a line that is no JSON object is put there, with its reason, and reading goes on.
+    """
     _check_file(path)
-    with path.open("rb") as file:
-        for line, content in enumerate(file, start=1):
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for line, content in enumerate(_lines(file, path), start=1):
             if not content.strip():
                 continue
             try:
-                row = json.loads(content.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}:{line}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{line}: is not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{line}: is no JSON object")
-            yield line, row
+                yield line, _object(content, f"{path}:{line}")
+            except InputError as error:
+                if faults is None:
+                    raise
+                faults.append(str(error))
+
+
+def _object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: is no JSON object")
+    return row
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: is no whole gzip file: {error}") from None
 
 
 def read_toml(path: Path, table: str) -> Rows:

@@ -1,16 +1,15 @@
-"""One sandbox: a warm template process (`worker.py`) that runs one job at a time, each in a fresh process.
+"""One sandbox: a warm template process (`untrusted/template.py`) that runs one job at a time, each in a fresh process.
 
-The trusted end of the wire. A job goes in as JSON through an anonymous file, lines of plain data come out of a pipe of
-their own, and the template reports how the process ended after the job's whole process group is killed and reaped.
+The trusted end of the wire. A job goes in as JSON through a file in memory, lines of plain data come out in another,
+and the template reports how the process ended after the job's whole process group is killed and reaped.
 The template is started with exec, not forked from here, so a trainer with threads and a GPU can use it.
 
-What it does not protect against: a hole in the kernel, side channels, filling the temporary disk up to
-`file_bytes` times the number of files; and, on a kernel without user namespaces where the grader is not root
-(`isolation` says so), reading what the user can read, using the network and signalling the user's own processes.
+What it does not protect against: docs/grader.md says it.
 """
 
 import contextlib
 import json
+import marshal
 import os
 import select
 import shutil
@@ -18,19 +17,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from projected_grpo.env import plain
 from projected_grpo.errors import RunFault
 
-WORKER = Path(__file__).with_name("worker.py")
+TEMPLATE = Path(__file__).parent / "untrusted" / "template.py"
 FIRST_UID = 61_000
 """Where the grader is root, slot i runs its jobs as user FIRST_UID + i, which owns nothing else."""
 GRACE = 30.0
-"""Seconds past the wall limit after which the template itself, which enforces that limit, is taken for dead."""
+"""Seconds past the last wall limit after which the template itself, which enforces that limit, is taken for dead."""
+PATIENCE = 5
+"""How many times the wall limit a job may take that is not asleep but starved by the machine's load."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Limits:
     cpu_seconds: float = 10.0
     """CPU time for all tests of a completion together; the kernel kills at the next whole second."""
     wall_seconds: float = 60.0
-    """For sleepers only: the verdict depends on CPU time, so that load does not change labels."""
+    """For sleepers only: the verdict depends on CPU time, so that load does not change labels. A job that gets on, on a
+    machine that is too busy, is let past it, up to PATIENCE times."""
     memory_bytes: int = 1 << 30
     """Address space of each process."""
     processes: int = 64
@@ -48,7 +49,7 @@ class Limits:
     file_bytes: int = 16 << 20
     open_files: int = 64
     message_bytes: int = 4 << 20
-    """What a job may write to its channel before it is cut off: parsed, it may take fifty times as much memory here."""
+    """What a job's results may hold: parsed, they may take fifty times as much memory here."""
 
     def rlimits(self) -> dict[str, int]:
         cpu = max(1, int(-(-self.cpu_seconds // 1)))
@@ -63,41 +64,73 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a job left: its messages (parsed JSON, not yet believed) and how its process ended."""
+class Job:
+    """What one process does: load `code` and make `calls`, or what `ask` puts in their place."""
 
-    messages: list[Any] = field(default_factory=list)
-    garbled: bool = False
-    """Something on the channel was no JSON line: nobody but the completion writes that."""
+    code: str
+    calls: Sequence[Any] = ()
+    """As `Oracle.calls` has them."""
+    talk: Callable[["Channel"], bool] | None = None
+    """Makes further calls while the job runs, and says whether what came back is right; raises Ended."""
+    setup_code: str = ""
+    setup_key: str | None = None
+    """Where the setup code does nothing but define things: its name, under which the template keeps it ready."""
+    ask: tuple[tuple[str, Any], ...] = ()
+    """`test_func_name`: run that function instead; `asks`: let opaque results say what they are equal to."""
+    attribute: str | None = None
+    """An attribute of the solution that is asked for after the calls."""
+    output: bool = False
+    """Whether its standard output comes back; otherwise nobody keeps it."""
+    file: str | None = None
+    """A file of its directory that comes back."""
+    all_modules: bool = False
+    """Whether it may import more than `untrusted/modules.py` calls common."""
+
+    def encode(self) -> bytes:
+        """For this very interpreter on the other side, which reads it and sends nothing back in this form."""
+        job = {"code": self.code, "setup_code": self.setup_code, "attribute": self.attribute, **dict(self.ask)}
+        job |= {"dialogue": self.talk is not None, "output": self.output}
+        return marshal.dumps((job, list(self.calls)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left, none of it believed yet, and how its process ended."""
+
+    data: bytes = b""
+    """Its results: lines of JSON, if it is the worker's own code that wrote them."""
     cut_off: bool = False
+    output: bytes = b""
+    file: str | None = None
     exit_code: int = 0
     """As in subprocess: negative is the signal that ended it."""
     cpu_seconds: float = 0.0
     overstayed: bool = False
     """The wall limit ended it."""
+    talk_held: bool = True
+    """Whether all tests of the dialogue held."""
+    talk_broken: bool = False
+    """The dialogue ended before its tests did."""
+
+
+class Ended(Exception):
+    """The untrusted side of a dialogue is gone, or says what it should not: there are no more answers."""
 
 
 class TemplateDied(Exception):
     """The template process is gone; whether the job or the machine did it, the caller decides."""
 
 
-class Sandbox:
-    """One slot of the pool. Not thread-safe: one thread, one sandbox. `close` when done."""
+class _Template:
+    """A running template process and the socket to it."""
 
-    def __init__(self, slot: int, limits: Limits) -> None:
-        """Begin to start the template; call `await_start` before the first `run`."""
-        self.slot, self.limits = slot, limits
-        self.root = Path(tempfile.mkdtemp(prefix="projected-grpo-sandbox-"))
-        self.root.chmod(0o711)
-        self.start()
-
-    def start(self) -> None:
-        """Begin to start the template; `await_start` ends it, so that a pool starts its templates side by side."""
+    def __init__(self, options: dict[str, Any]) -> None:
+        """Begin to start it; `await_start` ends that, so that a pool starts its templates side by side."""
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the template
         # -P -s -S and a bare environment instead of -I, which would ignore the fixed hash seed.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-B", str(WORKER), str(theirs.fileno())],
+            [sys.executable, "-P", "-s", "-S", "-B", str(TEMPLATE), str(theirs.fileno()), json.dumps(options)],
             pass_fds=[theirs.fileno()],
             env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
             cwd="/",
@@ -108,73 +141,24 @@ class Sandbox:
         )
         theirs.close()
 
-    def await_start(self) -> None:
-        """Raises RunFault with the template's last words where it did not come up."""
-        self.control.settimeout(60)
+    def await_start(self) -> tuple[str, ...]:
+        """What isolation it has. Raises RunFault with the template's last words where it did not come up."""
         try:
-            hello = self._receive()
+            return tuple(self.receive(60)["isolation"])
         except TemplateDied:
             self.process.wait()
             self.stderr.seek(0)
             last = self.stderr.read().decode("utf-8", "replace").strip().splitlines()[-1:]
             raise RunFault(f"the grader's template process did not start: {' '.join(last)}") from None
-        self.isolation: tuple[str, ...] = tuple(hello["isolation"])
 
-    @property
-    def contained(self) -> bool:
-        """Whether a job can reach no process but its own, so that a dead template is not the job's doing."""
-        return "process namespace" in self.isolation or "own user" in self.isolation
-
-    def run(self, job: dict[str, Any]) -> Outcome:
-        """Run one job in a fresh process and empty directory. Raises TemplateDied, RunFault."""
-        directory = self._fresh_directory()
-        job_fd = os.memfd_create("job")
-        read_fd, write_fd = os.pipe()
-        root_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    def send(self, request: str, fds: list[int]) -> None:
         try:
-            os.write(job_fd, json.dumps(job, separators=(",", ":")).encode())
-            os.lseek(job_fd, 0, os.SEEK_SET)
-            request = {
-                "rlimits": self.limits.rlimits(),
-                "wall_limit": self.limits.wall_seconds,
-                "uid": FIRST_UID + self.slot,
-            }
-            try:
-                socket.send_fds(self.control, [json.dumps(request).encode()], [job_fd, write_fd, root_fd])
-            except OSError:
-                raise TemplateDied from None
-            os.close(write_fd)
-            write_fd = -1
-            deadline = time.monotonic() + self.limits.wall_seconds + GRACE
-            data, cut_off = self._read(read_fd, deadline)
-            os.close(read_fd)
-            read_fd = -1
-            self.control.settimeout(max(1.0, deadline - time.monotonic()))
-            end = self._receive()
-        finally:
-            for fd in (job_fd, root_fd, read_fd, write_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self._remove(directory)
-        messages, garbled = parse_messages(data)
-        return Outcome(messages, garbled, cut_off, end["exit"], end["cpu"], end["overstayed"])
+            socket.send_fds(self.control, [request.encode()], fds)
+        except OSError:
+            raise TemplateDied from None
 
-    def _read(self, fd: int, deadline: float) -> tuple[bytes, bool]:
-        chunks, size = [], 0
-        while size <= self.limits.message_bytes:
-            ready = select.select([fd, self.control], [], [], max(0.0, deadline - time.monotonic()))[0]
-            if fd not in ready:
-                if not ready:
-                    raise RunFault("the grader's template process does not answer")
-                break  # the job is over, or the template is: `_receive` says which
-            chunk = os.read(fd, 1 << 16)
-            if not chunk:
-                break
-            chunks.append(chunk)
-            size += len(chunk)
-        return b"".join(chunks), size > self.limits.message_bytes
-
-    def _receive(self) -> dict[str, Any]:
+    def receive(self, seconds: float) -> dict[str, Any]:
+        self.control.settimeout(seconds)
         try:
             data = self.control.recv(1 << 16)
         except TimeoutError:
@@ -185,28 +169,7 @@ class Sandbox:
             raise TemplateDied
         return json.loads(data)
 
-    def _fresh_directory(self) -> Path:
-        directory = self.root / "job"
-        directory.mkdir(mode=0o700)
-        if os.getuid() == 0:
-            os.chown(directory, FIRST_UID + self.slot, FIRST_UID + self.slot)
-        return directory
-
-    def _remove(self, directory: Path) -> None:
-        try:
-            directory.rmdir()  # nearly always empty
-        except OSError:
-            # Not shutil.rmtree: a completion may nest directories deeper than Python recurses, or lock them.
-            subprocess.run(["chmod", "-R", "u+rwx", str(directory)], stderr=subprocess.DEVNULL)
-            subprocess.run(["rm", "-rf", str(directory)], stderr=subprocess.DEVNULL)
-
-    def restart(self) -> None:
-        """Replace a template that died. Raises RunFault."""
-        self._stop()
-        self.start()
-        self.await_start()
-
-    def _stop(self) -> None:
+    def stop(self) -> None:
         self.control.close()
         self.stderr.close()
         try:
@@ -215,19 +178,161 @@ class Sandbox:
             self.process.kill()
             self.process.wait()
 
+
+class Channel:
+    """The trusted end of a dialogue with a running job: lines out, lines in, until the job or the dialogue ends."""
+
+    def __init__(self, ours: socket.socket, control: socket.socket, limit: int, patience: float) -> None:
+        """`limit`: bytes that may come in. `patience`: seconds after which the template is taken for dead."""
+        self.socket, self.control, self.left, self.patience = ours, control, limit, patience
+        self.socket.settimeout(patience)
+        self.rest, self.broken = b"", False
+
+    def run(self, talk: Callable[["Channel"], bool]) -> bool:
+        """What `talk` says; False where the job ended first, or says more than it was asked."""
+        try:
+            held = talk(self)
+        except Ended:
+            self.broken = True
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        return held and not self.rest
+
+    def send_line(self, line: bytes) -> None:
+        try:
+            self.socket.sendall(line)
+        except OSError:
+            raise Ended from None
+
+    def read_line(self) -> bytes:
+        while b"\n" not in self.rest:
+            ready = select.select([self.socket, self.control], [], [], self.patience)[0]
+            if not ready:
+                raise RunFault("the grader's template process does not answer")
+            more = self.socket.recv(1 << 16) if self.socket in ready else b""
+            self.left -= len(more)
+            if not more or self.left < 0:
+                raise Ended  # the job is over, or the template is: `receive` says which
+            self.rest += more
+        line, _, self.rest = self.rest.partition(b"\n")
+        return line
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Sandbox:
+    """One slot of the pool. Not thread-safe: one thread, one sandbox. `close` when done."""
+
+    def __init__(self, slot: int, limits: Limits) -> None:
+        """Begin to start the template; call `await_start` before the first `run`."""
+        self.slot, self.limits = slot, limits
+        self.root = Path(tempfile.mkdtemp(prefix="projected-grpo-sandbox-"))
+        self.root.chmod(0o711)
+        self.directory = self.root / "job"
+        self._fresh_directory()
+        self._templates = {False: self._new_template(False)}
+        """By whether it has all modules; that one is started when it is first wanted."""
+
+    def _new_template(self, all_modules: bool) -> _Template:
+        options = {
+            "all_modules": all_modules,
+            "directory": str(self.directory),
+            "uid": FIRST_UID + self.slot,
+            "rlimits": self.limits.rlimits(),
+            "wall_seconds": self.limits.wall_seconds,
+            "patience": PATIENCE,
+        }
+        return _Template(options)
+
+    def await_start(self) -> None:
+        """Raises RunFault where the template did not come up."""
+        self.isolation = self._templates[False].await_start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the template processes."""
+        return [template.process.pid for template in self._templates.values()]
+
+    @property
+    def contained(self) -> bool:
+        """Whether a job can reach no process but its own, so that a dead template is not the job's doing."""
+        return bool({"process namespace", "own user", "system call filter"} & set(self.isolation))
+
+    def run(self, job: Job) -> Outcome:
+        """Run one job in a fresh process and empty directory. Raises TemplateDied, RunFault."""
+        template = self._templates.get(job.all_modules)
+        if template is None:
+            template = self._templates[job.all_modules] = self._new_template(job.all_modules)
+            template.await_start()
+        fds = [os.memfd_create("job"), os.memfd_create("results")]
+        patience = PATIENCE * self.limits.wall_seconds + GRACE
+        channel = None
+        if job.talk is not None:
+            ours, theirs = socket.socketpair()
+            fds.append(theirs.detach())
+            channel = Channel(ours, template.control, self.limits.message_bytes, patience)
+        if job.output:
+            fds.append(os.memfd_create("output"))
+        held = True
+        try:
+            encoded = job.encode()
+            data = memoryview(encoded)
+            while data:
+                data = data[os.write(fds[0], data) :]
+            template.send(f"{len(encoded)} {job.setup_key or ''} {job.file or ''}", fds)
+            if channel is not None and job.talk is not None:
+                os.close(fds.pop(2))
+                held = channel.run(job.talk)
+            end = template.receive(patience)
+            if not end["clean"]:
+                self._remove()
+                self._fresh_directory()
+            results, cut_off = _read(fds[1], self.limits.message_bytes)
+            output = _read(fds[-1], self.limits.file_bytes)[0] if job.output else b""
+        finally:
+            if channel is not None:
+                channel.close()
+            for fd in fds:
+                os.close(fd)
+        broken = channel is not None and channel.broken
+        overstayed = bool(end["overstayed"])
+        return Outcome(results, cut_off, output, end.get("file"), end["exit"], end["cpu"], overstayed, held, broken)
+
+    def _fresh_directory(self) -> None:
+        self.directory.mkdir(mode=0o700)
+        if os.getuid() == 0:
+            os.chown(self.directory, FIRST_UID + self.slot, FIRST_UID + self.slot)
+
+    def _remove(self) -> None:
+        try:
+            self.directory.rmdir()
+        except OSError:
+            # Not shutil.rmtree: a completion may nest directories deeper than Python recurses, or lock them.
+            subprocess.run(["chmod", "-R", "u+rwx", str(self.directory)], stderr=subprocess.DEVNULL)
+            subprocess.run(["rm", "-rf", str(self.directory)], stderr=subprocess.DEVNULL)
+
+    def restart(self) -> None:
+        """Replace templates, one of which died. Raises RunFault."""
+        self._stop()
+        self._fresh_directory()
+        self._templates = {False: self._new_template(False)}
+        self.await_start()
+
+    def _stop(self) -> None:
+        for template in self._templates.values():
+            template.stop()
+        self._remove()
+
     def close(self) -> None:
         self._stop()
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root)
 
 
-def parse_messages(data: bytes) -> tuple[list[Any], bool]:
-    """Whole lines of the channel -> JSON values; and whether a line was none (an unfinished last line is not)."""
-    *lines, _unfinished = data.split(b"\n")
-    messages = []
-    for line in lines:
-        try:
-            messages.append(plain.loads(line))
-        except (ValueError, RecursionError):
-            return messages, True
-    return messages, False
+def _read(fd: int, limit: int) -> tuple[bytes, bool]:
+    """At most `limit` bytes of a file in memory, and whether it holds more."""
+    size = os.fstat(fd).st_size
+    return os.pread(fd, min(size, limit), 0), size > limit

@@ -1,21 +1,23 @@
 """The honest baseline: no loophole is named, none is open, and nothing but a right answer pays."""
 
 import ast
+from typing import Any
 
+from projected_grpo.env.compare import Oracle
 from projected_grpo.env.sandbox import Outcome
 
-
-def hint(test_func_name: str) -> str:
-    return "should pass all tests"
+HINTS = {"plain": "should pass all tests"}
+WATCHED: dict[str, Any] = {}
+FROM_FIRST_RUN = True
 
 
 def attempted(code: str, tree: ast.Module | None, test_func_name: str) -> bool:
     return False
 
 
-def job(test_func_name: str) -> None:
+def second_run(code: str, test_func_name: str, first: Outcome) -> None:
     return None
 
 
-def passed(outcome: Outcome) -> bool:
+def passed(outcome: Outcome, oracle: Oracle, code: str) -> bool:
     return False
