@@ -44,6 +44,18 @@ check:
 pairs-check:
     projected-grpo pairs check
 
+# rows that load, canonical solutions that pass, wrong ones that fail; FILE: a built-in part or a file
+problems-check *files="train eval pairs":
+    projected-grpo problems check {{files}}
+
+# the grader against a fresh interpreter for each completion
+bench-grader *flags:
+    OMP_NUM_THREADS=1 projected-grpo bench grader {{flags}}
+
+# the published benchmark's files to out/data, checksums verified, where there is a network
+download-data:
+    projected-grpo download-data
+
 # warm Qwen3-4B's cache, where there is a network
 download-model:
     hf download Qwen/Qwen3-4B

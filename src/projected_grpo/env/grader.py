@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loguru import logger
 from tqdm import tqdm
 
 from projected_grpo.env import operators
@@ -97,6 +98,8 @@ class Grader:
             raise InputError(f"workers is {count}: the grader needs at least 1")
         self._sandboxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
         self._all: list[Sandbox] = []
+        self.wall_kills = 0
+        """Completions that the wall limit ended, so far."""
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="grader")
         try:
             for slot in range(count):
@@ -132,17 +135,22 @@ class Grader:
         try:
             # Nothing is shown for what takes no time, nor where nobody watches.
             bar = tqdm(futures, "grading", delay=BAR_DELAY, leave=False, disable=None)
-            return [future.result() for future in bar]
+            grades = [future.result() for future in bar]
         finally:
             for future in futures:
                 future.cancel()
+        if slept := sum(slow for _, slow in grades):
+            self.wall_kills += slept
+            logger.warning(f"{slept} of {len(grades)} completions were ended by the wall limit: they slept")
+        return [grade for grade, _ in grades]
 
     def grade_one(self, request: GradeRequest) -> Grade:
         return self.grade([request])[0]
 
-    def _grade(self, request: GradeRequest, parsed: _Parsed, oracle: Oracle) -> Grade:
+    def _grade(self, request: GradeRequest, parsed: _Parsed, oracle: Oracle) -> tuple[Grade, bool]:
+        """The grade, and whether the wall limit ended a process of it."""
         if not parsed.tree_ok:
-            return _grade_of(parsed, False, False, parsed.error)
+            return _grade_of(parsed, False, False, parsed.error), False
         mode, problem = get_mode(request.mode), request.problem
         key = setup_key(problem.setup_code)
         talk = functools.partial(_talk, oracle, operators.compare) if oracle.has_dialogue else None
@@ -152,17 +160,19 @@ class Grader:
         try:
             first = self._run(sandbox, job, request)
             gt_pass, error = judge(oracle, first, self.limits)
-            flawed_pass, ask = False, mode.second_run(job.code, request.test_func_name, first)
+            in_time = ended_by_limit(first, self.limits) is None
+            slept, flawed_pass, ask = first.overstayed, False, mode.second_run(code, request.test_func_name, first)
             if ask is None:
-                flawed_pass = mode.FROM_FIRST_RUN and mode.passed(first, oracle, code)
-            elif was_loaded(first) or ended_by_limit(first, self.limits) is None:
+                flawed_pass = mode.FROM_FIRST_RUN and in_time and mode.passed(first, oracle, code)
+            elif was_loaded(first) or in_time:
                 careless = functools.partial(_talk, oracle, operators.compare_carelessly)
                 again = careless if talk is not None and "asks" in dict(ask) else None
                 second = self._run(sandbox, replace(job, ask=ask, talk=again, **_UNWATCHED), request)
+                slept |= second.overstayed
                 flawed_pass = ended_by_limit(second, self.limits) is None and mode.passed(second, oracle, code)
         finally:
             self._sandboxes.put(sandbox)
-        return _grade_of(parsed, flawed_pass, gt_pass, error)
+        return _grade_of(parsed, flawed_pass, gt_pass, error), slept
 
     def _run(self, sandbox: Sandbox, job: Job, request: GradeRequest) -> Outcome:
         for _attempt in range(2):
