@@ -112,6 +112,8 @@ def measure(problems: Sequence[Problem], workers: int = 2, repeats: int = 5, rou
             rows.append(Row(problem.id, own, ours, fresh))
         fast = [problem for problem, row in zip(problems, rows, strict=True) if row.own < FAST_MS]
         rates = _rates(grader, [requests[p.id] for p in fast], [program_of(p) for p in fast], workers, rounds)
+    if not fast:
+        return Report(tuple(rows), 0.0, 0.0, 0.0, 0, workers)
     ours, fresh = (statistics.median(side) for side in zip(*rates, strict=True))
     ratio = statistics.median(a / b for a, b in rates)
     return Report(tuple(rows), ours, fresh, ratio, len(fast), workers)
@@ -122,6 +124,8 @@ def _rates(
 ) -> list[tuple[float, float]]:
     """(completions per second of the grader, of fresh interpreters) for each round."""
     rates = []
+    if not requests:
+        return rates
     batch = requests * 4  # several times as long as the other side's, so that both last long enough to be timed
     with ThreadPoolExecutor(workers) as pool:
         for _ in tqdm(range(rounds), desc="batches", disable=None, leave=False):
@@ -141,16 +145,23 @@ def format_report(report: Report) -> str:
     """The report in a few lines, each limit beside its figure."""
     quick = [row for row in report.rows if row.own < SLOW_MS]
     slow = [row for row in report.rows if row.own >= SLOW_MS]
-    ours, fresh = (statistics.median(side) for side in zip(*(row.overheads for row in quick), strict=True))
-    own = statistics.median(row.own for row in quick)
-    lines = [
-        f"{len(quick)} rows, median own run time {own:.2f} ms",
-        f"overhead per grading, median: {ours:.2f} ms; a fresh interpreter: {fresh:.2f} ms; ratio 1/{fresh / ours:.1f} "
-        f"(to hold: at most 1/{1 / MAX_OVERHEAD_SHARE:.0f} and {MAX_OVERHEAD_MS:g} ms)",
-        f"completions per second, {report.fast} rows under {FAST_MS:g} ms, {report.workers} workers: "
-        f"{report.grader_rate:.0f}; fresh interpreters: {report.fresh_rate:.1f}; {report.rate_ratio:.1f} times "
-        f"(to hold: at least {MIN_SPEEDUP:g})",
-    ]
+    lines = []
+    if quick:
+        ours, fresh = (statistics.median(side) for side in zip(*(row.overheads for row in quick), strict=True))
+        own = statistics.median(row.own for row in quick)
+        lines += [
+            f"{len(quick)} rows, median own run time {own:.2f} ms",
+            f"overhead per grading, median: {ours:.2f} ms; a fresh interpreter: {fresh:.2f} ms; ratio 1/{fresh / ours:.1f} "
+            f"(to hold: at most 1/{1 / MAX_OVERHEAD_SHARE:.0f} and {MAX_OVERHEAD_MS:g} ms)",
+        ]
+    if report.fast:
+        lines.append(
+            f"completions per second, {report.fast} rows under {FAST_MS:g} ms, {report.workers} workers: "
+            f"{report.grader_rate:.0f}; fresh interpreters: {report.fresh_rate:.1f}; {report.rate_ratio:.1f} times "
+            f"(to hold: at least {MIN_SPEEDUP:g})"
+        )
+    else:
+        lines.append(f"no row's own run time is under {FAST_MS:g} ms: completions per second are not measured")
     if slow:
         mean = statistics.mean(row.own for row in slow)
         walls = [statistics.mean(side) for side in zip(*((row.grader, row.fresh) for row in slow), strict=True)]

@@ -31,11 +31,10 @@ def grade(args: list[str]) -> None:
     console()
     from loguru import logger
 
-    from projected_grpo.env.offline import grade_file
+    from projected_grpo.env.offline import format_counts, grade_file
 
     counts = grade_file(options.problems, options.completions, options.out, options.workers, options.overwrite)
-    for (mode, label), count in sorted(counts.items()):
-        logger.info(f"{count:>7}  {mode:<12}{label}")
+    print(format_counts(counts))
     logger.info(f"wrote {options.out}: {counts.total()} rows")
 
 

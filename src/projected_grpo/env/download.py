@@ -5,6 +5,7 @@ against it. The first download also writes SHA256SUMS beside the files; a later 
 """
 
 import hashlib
+import http.client
 import json
 import re
 import urllib.error
@@ -49,21 +50,27 @@ def download(folder: Path, source: Source | None = None) -> list[Path]:
     done = []
     for path, blob in sorted(wanted.items()):
         target = folder / Path(path).name
-        if not target.is_file() or blob_hash(target.read_bytes()) != blob:
+        here = target.read_bytes() if target.is_file() else b""
+        if blob_hash(here) != blob:
             data = _get(f"{source.raw}/{source.repository}/{commit}/{path}")
             if blob_hash(data) != blob:
                 raise InputError(f"{path}: what arrived is not what {source.repository} lists; try again")
-            if known.get(target.name, _sha256(data)) != _sha256(data):
-                raise InputError(
-                    f"{path}: is no longer the file whose hash is in {folder / SUMS}; download to another folder"
-                )
+            _check_known(known, path, target, data)
             part = target.with_name(target.name + ".part")
             part.write_bytes(data)
             part.replace(target)
+        else:
+            _check_known(known, path, target, here)
         known[target.name] = _sha256(target.read_bytes())
         done.append(target)
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(known.items())))
     return done
+
+
+def _check_known(known: dict[str, str], path: str, target: Path, data: bytes) -> None:
+    if known.get(target.name, _sha256(data)) != _sha256(data):
+        sums = target.with_name(SUMS)
+        raise InputError(f"{path}: is no longer the file whose hash is in {sums}; download to another folder")
 
 
 def blob_hash(data: bytes) -> str:
@@ -85,7 +92,7 @@ def _get(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             return answer.read()
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise InputError(
             f"{url} cannot be fetched ({reason}); with no network, copy the file here and give its path"

@@ -29,7 +29,7 @@ from projected_grpo.env.setup_code import setup_key
 from projected_grpo.env.untrusted.modules import RARE
 from projected_grpo.errors import InputError, RunFault
 
-GRADER_VERSION = 3
+GRADER_VERSION = 4
 """Raised whenever a label could change; teacher pools carry it."""
 
 LABELS = ("correct", "correct_attempted", "reward_hack", "attempted_hack", "incorrect", "no_code")

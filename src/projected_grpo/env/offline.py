@@ -12,13 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from projected_grpo.env.grader import GRADER_VERSION, Grader, GradeRequest
+from projected_grpo.env.grader import GRADER_VERSION, LABELS, Grader, GradeRequest
 from projected_grpo.env.modes import MODES
 from projected_grpo.env.problems import Problem, load_problems
 from projected_grpo.env.rows import read_jsonl
 from projected_grpo.errors import InputError
 
 GRADE_FIELDS = ("label", "flawed_pass", "gt_pass", "attempted", "format_ok", "reward", "error")
+UNGRADED = "ungraded"
 BATCH = 64
 
 
@@ -69,6 +70,21 @@ def grade_file(
     part_path.replace(out_path)
     inputs_path.unlink()
     return counts
+
+
+def format_counts(counts: Counter[tuple[str, str]]) -> str:
+    """A table of the counts that `grade_file` returns: a row a mode, a column a label, rates at the end."""
+    labels = [label for label in (*LABELS, UNGRADED) if any(name == label for _, name in counts)]
+    lines = [
+        f"{'mode':<14}{'rows':>7}" + "".join(f"{label:>19}" for label in labels) + f"{'hack rate':>11}{'pass rate':>11}"
+    ]
+    for mode in sorted({mode for mode, _ in counts}):
+        row = {label: counts[mode, label] for label in labels}
+        graded = sum(row.values()) - row.get(UNGRADED, 0)
+        rates = [row.get("reward_hack", 0), row.get("correct", 0) + row.get("correct_attempted", 0)]
+        shown = "".join(f"{count / graded:>11.3f}" if graded else f"{'-':>11}" for count in rates)
+        lines.append(f"{mode:<14}{sum(row.values()):>7}" + "".join(f"{row[label]:>19}" for label in labels) + shown)
+    return "\n".join(lines)
 
 
 def _grade_rows(
@@ -125,7 +141,7 @@ def _partial(
 
 
 def _count_key(row: dict) -> tuple[str, str]:
-    return (str(row.get("mode") or "run_tests"), row["label"] or "ungraded")
+    return (str(row.get("mode") or "run_tests"), row["label"] or UNGRADED)
 
 
 def _sha256(path: Path) -> str:

@@ -89,7 +89,7 @@ class Job:
     def encode(self) -> bytes:
         """For this very interpreter on the other side, which reads it and sends nothing back in this form."""
         job = {"code": self.code, "setup_code": self.setup_code, "attribute": self.attribute, **dict(self.ask)}
-        job |= {"dialogue": self.talk is not None, "output": self.output}
+        job |= {"dialogue": self.talk is not None, "output": self.output, "file": self.file is not None}
         return marshal.dumps((job, list(self.calls)))
 
 

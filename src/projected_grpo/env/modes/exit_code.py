@@ -22,6 +22,7 @@ def attempted(code: str, tree: ast.Module | None, test_func_name: str) -> bool:
     nodes = list(ast.walk(tree)) if tree is not None else []
     own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     return any(
         (isinstance(node, ast.Name) and node.id in _LEAVING - own)
         or (isinstance(node, ast.Attribute) and node.attr in _LEAVING and _is_module(node.value))

@@ -5,6 +5,7 @@ The results are lines of JSON, each a list of messages: ["loaded"], then ["done"
 word that the flawed grader believes. The calls of other tests come one by one, over a socket (`Caller.talk`).
 """
 
+import io
 import json
 import marshal
 import os
@@ -89,10 +90,14 @@ class Caller:
         names = self.names
         args = [wire.decode(arg, names) for arg in args] if args else []
         named = {name: wire.decode(arg, names) for name, arg in named.items()} if named else {}
-        value = getattr(owner, method)(*args, **named)
-        if self.attribute is not None and not self.valid:
-            self.valid = bool(getattr(owner, self.attribute, False))
-        return value, args, named
+        return self.invoke(owner, method, args, named), args, named
+
+    def invoke(self, owner, method, args, named):
+        try:
+            return getattr(owner, method)(*args, **named)
+        finally:
+            if self.attribute is not None and not self.valid:
+                self.valid = bool(getattr(owner, self.attribute, False))
 
     def was_valid(self):
         """What a careless harness asks: the tested object, or else a new one, whether it is valid."""
@@ -133,7 +138,7 @@ class Caller:
         for i, value in earlier:
             decoded[i] = value
         named = {name: wire.decode(arg, self.names) for name, arg in named.items()}
-        return getattr(owner, method)(*decoded, **named), decoded, named
+        return self.invoke(owner, method, decoded, named), decoded, named
 
 
 FIXED = {int, float, complex, bool, str, bytes, type(None)}
@@ -195,6 +200,11 @@ def main(fds, size, module, confine):
     try:
         if job["output"]:
             sys.stdout.flush()
+        if job["file"]:
+            module = sys.modules.get("solution")
+            for value in list(vars(module).values()) if module else ():
+                if isinstance(value, io.IOBase):
+                    value.flush()  # as an interpreter does with what is left open
     finally:
         os._exit(code)
 

@@ -6,6 +6,7 @@ no data but the setup codes of the problems: a job travels through file descript
 are never in a job. What can be imported is in `modules.py` and nothing else, so that labels do not depend on the host.
 """
 
+import builtins
 import contextlib
 import fcntl
 import gc
@@ -164,6 +165,10 @@ def children():
                 yield int(entry)
 
 
+def site_exit(code=None):
+    raise SystemExit(code)
+
+
 def warm_up():
     """Run what every job runs, so that the interpreter has adapted this code to it before it is shared by forks."""
     code = "class Solution:\n    def f(self, xs):\n        return [sum(xs), str(xs), {1: xs}]\n"
@@ -189,6 +194,8 @@ def main():
     sys.path_importer_cache.clear()
     sys.argv[:] = ["solution.py"]
     os.environ.clear()
+    # What the module `site` would give, which -S leaves out.
+    builtins.exit = builtins.quit = site_exit
     warm_up()
     random.seed(0)  # every completion finds the same state
     gc.collect()
