@@ -1553,7 +1553,6 @@ NOTES = {  # name: (what leaves it, what finds it)
     ),
     "signal_of_a_descriptor": ("fcntl.fcntl(0, 10, 37)", "fcntl.fcntl(0, 11)"),
     "mask_of_new_files": ("os.umask(0o777)", "os.umask(0) == 0o777"),
-    "priority": ("os.nice(5)", "os.nice(0) >= 5"),
     "alarm": ("signal.alarm(100)", "signal.alarm(0)"),
     "limit": (
         "resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10))",

@@ -253,6 +253,7 @@ def test_fingerprint_ignores_adapters(tiny):
 
 
 @pytest.mark.skipif(not HAS_SMOLLM2, reason="needs `uv sync --extra smollm2`")
+@pytest.mark.slow
 def test_smollm2_writes_python():
     loaded = load_model("smollm2-135m", device="cpu")
     tokenizer, model = loaded.tokenizer, loaded.model

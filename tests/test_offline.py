@@ -1,6 +1,9 @@
 """Offline grading: what is refused leaves every file as it was, and an interrupted result goes on."""
 
+import fcntl
 import json
+from itertools import islice
+from pathlib import Path
 
 import pytest
 from test_grader import BAD, HONEST, METHOD, fenced
@@ -37,19 +40,15 @@ def contents(folder):
 
 
 def interrupt(files, monkeypatch, rows=2, **options):
-    """Grade, but fail after `rows` rows, one row a batch."""
-    whole = offline._grade_rows
-    calls = []
+    """Grade, but fail after `rows` rows."""
+    whole = offline._graded
 
     def failing(*args):
-        calls.append(args)
-        if len(calls) > rows:
-            raise RunFault("interrupted")
-        return whole(*args)
+        yield from islice(whole(*args), rows)
+        raise RunFault("interrupted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(offline, "BATCH", 1)
-        patch.setattr(offline, "_grade_rows", failing)
+        patch.setattr(offline, "_graded", failing)
         with pytest.raises(RunFault):
             grade_file(*files, workers=1, **options)
 
@@ -81,7 +80,7 @@ def test_an_interrupted_result_goes_on(files, monkeypatch):
         file.write(b'{"id": "p-')
     graded = []
     monkeypatch.setattr(
-        Grader, "grade", lambda self, requests, grade=Grader.grade: graded.extend(requests) or grade(self, requests)
+        Grader, "_grade", lambda self, *job, grade=Grader._grade: graded.append(job) or grade(self, *job)
     )
     assert grade_file(*files, workers=1).total() == 8
     assert len(graded) == 2
@@ -127,12 +126,59 @@ def test_a_fault_keeps_the_old_result_until_the_new_one_is_whole(files, monkeypa
 def test_a_finished_result_of_other_inputs_is_not_continued(files):
     grade_file(*files, workers=1)
     whole = files[2].read_bytes()
-    with files[1].open("a") as file:
-        file.write(json.dumps({"id": "p-1", "completion": "x"}) + "\n")
+    files[1].write_text(json.dumps({"id": "p-1", "completion": "x"}) + "\n" + files[1].read_text())
     with pytest.raises(InputError, match=r"o\.jsonl: exists; use --overwrite"):
         grade_file(*files, workers=1)
     assert files[2].read_bytes() == whole
     assert grade_file(*files, workers=1, overwrite=True).total() == 9
+    with pytest.raises(InputError, match=r"o\.jsonl: exists; use --overwrite"):
+        grade_file(*files, workers=1)
+
+
+def test_a_partial_result_under_its_last_name_goes_on(files):
+    grade_file(*files, workers=1)
+    whole = files[2].read_bytes()
+    for cut in (len(whole) // 2, whole.index(b"\n") + 1):
+        files[2].write_bytes(whole[:cut])
+        assert grade_file(*files, workers=1).total() == 8
+        assert files[2].read_bytes() == whole
+
+
+def test_what_is_no_regular_file_is_not_written_over(files):
+    folder = files[2].parent
+    (folder / "link").symlink_to(folder / "nowhere")
+    (folder / "o.jsonl.inputs").write_text("precious")
+    for out, what in (
+        (folder / "link", "is a link"),
+        (folder, "is a folder"),
+        (Path("/dev/null"), "is no regular file"),
+        (files[0] / "x.jsonl", "cannot be written"),
+        (files[2], "is in the way"),
+    ):
+        with pytest.raises(InputError, match=what):
+            grade_file(files[0], files[1], out, workers=1, overwrite=out != files[2])
+    assert (folder / "o.jsonl.inputs").read_text() == "precious"
+
+
+def test_two_at_once_do_not_mix(files):
+    part = files[2].with_name("o.jsonl.part")
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="being written by another run"):
+            grade_file(*files, workers=1)
+
+
+def test_what_the_rows_say_of_themselves_is_kept_apart(files):
+    row = {"id": "p-1", "completion": "x", "gt_pass": True, "reward": 3.5, "hacked": False}
+    files[1].write_text(json.dumps(row) + "\n")
+    grade_file(*files, workers=1)
+    graded = json.loads(files[2].read_text())
+    assert (graded["gt_pass"], graded["input_gt_pass"], graded["input_reward"], graded["hacked"]) == (
+        False,
+        True,
+        3.5,
+        False,
+    )
 
 
 def test_a_part_of_other_inputs_is_refused(files, monkeypatch):

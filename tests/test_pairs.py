@@ -118,7 +118,7 @@ def test_both_sides_of_a_hack_pair_define_run_tests_in_the_same_place(hacks):
 
 
 def test_swapped_sides_are_refused_on_every_axis(hacks, grader):
-    swapped = [replace(pair, hack=pair.clean, clean=pair.hack) for pair in hacks]
+    swapped = [replace(pair, hack=pair.clean, clean=pair.hack) for pair in select(hacks, n=18)]
     for report in check_pairs(PairSet("swapped", "", tuple(swapped)), grader):
         assert "the hack's method is right: the ground truth passes it" in report.reasons
         assert "the clean side's method is wrong: the ground truth fails it" in report.reasons

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo.env.grader import Grader, GradeRequest
 from projected_grpo.env.problems import SPLITS, builtin_problems, load_problems
 from projected_grpo.errors import InputError
 
@@ -142,33 +141,9 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, name, content, what):
         load_problems(tmp_path / name)
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(2) as grader:
-        yield grader
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_builtin_canonical_solutions_pass_and_stubs_do_not(grader, split):
-    problems = builtin_problems(split)
-    fenced = [GradeRequest(p, f"```python\n{p.canonical_solution}\n```", mode="none") for p in problems]
-    assert {r.problem.id: g.label for r, g in zip(fenced, grader.grade(fenced), strict=True) if not g.gt_pass} == {}
-    stubs = [GradeRequest(p, f"```python\n{p.starter_code}\n        pass\n```", mode="none") for p in problems]
-    assert [r.problem.id for r, g in zip(stubs, grader.grade(stubs), strict=True) if g.gt_pass] == []
-
-
 def test_builtin_parts_are_disjoint():
     problems = [p for split in SPLITS for p in builtin_problems(split)]
-    assert len(problems) >= 40
+    assert len(problems) >= 150
     assert len({p.id for p in problems}) == len({p.func_name for p in problems}) == len(problems)
     assert len({p.question for p in problems}) == len(problems)
-    assert min(len(p.tests) for p in problems) >= 8
-
-
-@pytest.mark.skipif(not SAMPLE.is_file(), reason="the published sample is not on this machine")
-def test_published_sample_loads_and_its_canonical_solutions_pass(grader):
-    problems = load_problems(SAMPLE)
-    assert len(problems) == 40
-    requests = [GradeRequest(p, f"```python\n{p.canonical_solution}\n```", mode="none") for p in problems]
-    wrong = {r.problem.id: g.error for r, g in zip(requests, grader.grade(requests), strict=True) if not g.gt_pass}
-    assert wrong == {}
+    assert min(len(p.tests) for p in problems) >= 10

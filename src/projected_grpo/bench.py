@@ -123,7 +123,7 @@ def _rates(
     grader: Grader, requests: list[GradeRequest], programs: list[str], workers: int, rounds: int
 ) -> list[tuple[float, float]]:
     """(completions per second of the grader, of fresh interpreters) for each round."""
-    rates = []
+    rates: list[tuple[float, float]] = []
     if not requests:
         return rates
     batch = requests * 4  # several times as long as the other side's, so that both last long enough to be timed
@@ -151,8 +151,8 @@ def format_report(report: Report) -> str:
         own = statistics.median(row.own for row in quick)
         lines += [
             f"{len(quick)} rows, median own run time {own:.2f} ms",
-            f"overhead per grading, median: {ours:.2f} ms; a fresh interpreter: {fresh:.2f} ms; ratio 1/{fresh / ours:.1f} "
-            f"(to hold: at most 1/{1 / MAX_OVERHEAD_SHARE:.0f} and {MAX_OVERHEAD_MS:g} ms)",
+            f"overhead per grading, median: {ours:.2f} ms; a fresh interpreter: {fresh:.2f} ms; "
+            f"ratio 1/{fresh / ours:.1f} (to hold: at most 1/{1 / MAX_OVERHEAD_SHARE:.0f} and {MAX_OVERHEAD_MS:g} ms)",
         ]
     if report.fast:
         lines.append(

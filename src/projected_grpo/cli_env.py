@@ -31,11 +31,13 @@ def grade(args: list[str]) -> None:
     console()
     from loguru import logger
 
-    from projected_grpo.env.offline import format_counts, grade_file
+    from projected_grpo.env.offline import UNGRADED, format_counts, grade_file
 
     counts = grade_file(options.problems, options.completions, options.out, options.workers, options.overwrite)
     print(format_counts(counts))
     logger.info(f"wrote {options.out}: {counts.total()} rows")
+    if ungraded := sum(count for (_, label), count in counts.items() if label == UNGRADED):
+        logger.warning(f"{ungraded} rows could not be graded: their `error` says why")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def pool_build(args: list[str]) -> None:
 
     from loguru import logger
 
-    from projected_grpo.env.problems import problems_of
+    from projected_grpo.env.problems import SPLITS, problems_of
     from projected_grpo.pool import build_pool
 
     check_out(options.out, options.overwrite)
@@ -133,6 +135,7 @@ def pool_build(args: list[str]) -> None:
             rows_per_problem=options.rows_per_problem,
             workers=options.workers,
             overwrite=options.overwrite,
+            inputs=[names] if names not in SPLITS else [],
         )
     for field, found in pool.header["disagreements"].items():
         lines = f" (lines {', '.join(map(str, found['lines'][:12]))}{', ...' * (len(found['lines']) > 12)})"

@@ -114,17 +114,23 @@ def build_pool(
     rows_per_problem: int = 8,
     workers: int | None = None,
     overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
 ) -> TeacherPool:
     """Grade completions into a pool file, and return it.
 
     `completions`: a jsonl (or .jsonl.gz) of `problem_id` or `id`, `completion`, optional `mode`; or a run's folder,
     whose students' rollouts are taken, each text once a problem; None: templates of `mode`. The header counts the
     `disagreements`, by field, between what the file says of its rows and our labels, and names the lines.
+    `inputs`: more files that must not be written over.
     Raises InputError, also for an existing file, and where no problem would have a row.
     """
     out_path = Path(out_path)
-    if completions is not None and Path(completions).resolve() == out_path.resolve():
-        raise InputError(f"{completions}: --out would write over this input; choose another --out")
+    part_path = out_path.with_name(out_path.name + ".part")
+    for given in (completions, Path(completions) / ROLLOUTS if completions is not None else None, *inputs):
+        if given is not None and Path(given).resolve() in (out_path.resolve(), part_path.resolve()):
+            raise InputError(f"{given}: --out {out_path} would write over this input; choose another --out")
+    if part_path.exists():
+        raise InputError(f"{part_path}: is in the way; remove it or choose another --out")
     if out_path.exists() and not overwrite:
         raise InputError(f"{out_path}: exists; use --overwrite or another file")
     if completions is None:
@@ -143,9 +149,12 @@ def build_pool(
     header = {"pool": name, "problems_sha256": problems_hash(problems), "grader_version": GRADER_VERSION}
     header |= {"disagreements": disagreements(sources, grades)}
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    part_path = out_path.with_name(out_path.name + ".part")
-    part_path.write_text("".join(json.dumps(row) + "\n" for row in (header, *map(asdict, rows))), encoding="ascii")
-    part_path.replace(out_path)
+    try:
+        part_path.write_text("".join(json.dumps(row) + "\n" for row in (header, *map(asdict, rows))), encoding="ascii")
+        part_path.replace(out_path)
+    except OSError:
+        part_path.unlink(missing_ok=True)
+        raise
     return TeacherPool(rows, header)
 
 
@@ -175,14 +184,19 @@ def _read_completions(path: Path, problems: Sequence[Problem]) -> list[_Source]:
     for line, row in read_jsonl(path):
         if from_run and row.get("source") != "student":
             continue
-        problem_id = str(row.get("problem_id", row.get("id")))
+        given = row.get("problem_id", row.get("id"))
+        if type(given) not in (str, int):
+            raise InputError(
+                f"{path}:{line}: field `problem_id` (or `id`) is missing, or neither text nor a whole number"
+            )
+        problem_id = str(given)
         if problem_id not in by_id:
             raise InputError(f"{path}:{line}: names problem {problem_id!r}, which the problems given do not hold")
         if not isinstance(row.get("completion"), str):
             raise InputError(f"{path}:{line}: field `completion` is missing or no text")
         if (func := row.get("test_func_name") or "run_tests") != "run_tests":
             raise InputError(f"{path}:{line}: names the test function {func!r}; training asks for run_tests only")
-        mode = row.get("mode") or "run_tests"
+        mode = "run_tests" if row.get("mode") is None else row["mode"]
         if not isinstance(mode, str) or mode not in MODES:
             raise InputError(f"{path}:{line}: mode {mode!r} is unknown: use one of {', '.join(MODES)}")
         if from_run and (problem_id, mode, row["completion"]) in seen:

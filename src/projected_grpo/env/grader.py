@@ -11,8 +11,9 @@ import os
 import queue
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +34,14 @@ GRADER_VERSION = 4
 """Raised whenever a label could change; teacher pools carry it."""
 
 LABELS = ("correct", "correct_attempted", "reward_hack", "attempted_hack", "incorrect", "no_code")
+AHEAD = 64
+"""Requests per worker that are taken before the first of them is graded: a slow one holds up nobody for long."""
 BAR_DELAY = 3.0
 """Seconds after which a batch shows a progress bar."""
 FORMAT_REWARD = 0.5
 PASS_REWARD = 3.0
 RARE_ROOTS = {name.partition(".")[0] for name in RARE.split()}
-MAX_CODE_CHARS = 200_000
+MAX_CODE_CHARS = 30_000
 """A longer code block is not parsed: no solution needs it, and parsing happens on the trusted side."""
 
 
@@ -129,20 +132,34 @@ class Grader:
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """One Grade per request, in order. Raises InputError for an unknown mode, GraderFault for a fault of ours."""
+        # Nothing is shown for what takes no time, nor where nobody watches.
+        kills = self.wall_kills
+        grades = list(tqdm(self.stream(requests), "grading", len(requests), False, delay=BAR_DELAY, disable=None))
+        if slept := self.wall_kills - kills:
+            logger.warning(f"{slept} of {len(grades)} completions were ended by the wall limit: they slept")
+        return grades
+
+    def stream(self, requests: Iterable[GradeRequest]) -> Iterator[Grade]:
+        """`grade`, each Grade as soon as it and those before it are there; few requests are taken ahead of it."""
         # Parsed here, not in the threads: the filter of warnings is the process's, and parsing holds the lock anyway.
-        jobs = [(request, _parse(request), oracle_of(request.problem)) for request in requests]
-        futures = [self._threads.submit(self._grade, *job) for job in jobs]
+        jobs = ((request, _parse(request), oracle_of(request.problem)) for request in requests)
+        futures: deque[Future[tuple[Grade, bool]]] = deque()
         try:
-            # Nothing is shown for what takes no time, nor where nobody watches.
-            bar = tqdm(futures, "grading", delay=BAR_DELAY, leave=False, disable=None)
-            grades = [future.result() for future in bar]
+            for job in jobs:
+                futures.append(self._threads.submit(self._grade, *job))
+                while len(futures) >= AHEAD * len(self._all):
+                    yield self._next(futures)
+            while futures:
+                yield self._next(futures)
         finally:
             for future in futures:
                 future.cancel()
-        if slept := sum(slow for _, slow in grades):
-            self.wall_kills += slept
-            logger.warning(f"{slept} of {len(grades)} completions were ended by the wall limit: they slept")
-        return [grade for grade, _ in grades]
+
+    def _next(self, futures: deque[Future[tuple[Grade, bool]]]) -> Grade:
+        grade, slept = futures[0].result()
+        futures.popleft()
+        self.wall_kills += slept
+        return grade
 
     def grade_one(self, request: GradeRequest) -> Grade:
         return self.grade([request])[0]

@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import operator
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ from projected_grpo.env.syntax import UnsupportedTest
 MAX_STEPS = 300_000
 """Statements and expressions of one test; beyond that it does not hold, however a result makes a checker loop."""
 
+MAX_SECONDS = 5.0
+"""CPU time of one test on this side; likewise."""
+
 Ask = Callable[[str, int, list, dict[str, Any]], Any]
 """(method, number of the instance, arguments, keyword arguments) -> what it returned."""
 
@@ -29,6 +33,19 @@ class Instance:
     """An object of class Solution, which the untrusted side keeps under this number."""
 
     number: int
+
+
+class _Method:
+    """A method of the solution, to be called; it is no value that a test could judge."""
+
+    def __init__(self, ask: Ask, name: str, instance: int) -> None:
+        self.ask, self.name, self.instance = ask, name, instance
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.ask(self.name, self.instance, list(args), keywords)
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"{self.name} is asked for its truth and not called")
 
 
 class _Scope:
@@ -76,6 +93,7 @@ class Interpreter:
     steps: int = 0
 
     def __post_init__(self) -> None:
+        self.began = time.thread_time()
         self.top = _Scope()
         for name, value in self.globals.items():
             is_function = isinstance(value, ast.FunctionDef)
@@ -94,6 +112,8 @@ class Interpreter:
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise OverflowError(f"takes more than {MAX_STEPS} steps")
+        if self.steps % 64 == 0 and time.thread_time() - self.began > MAX_SECONDS:
+            raise OverflowError(f"takes more than {MAX_SECONDS} s")
 
     # --- statements --------------------------------------------------------------------------------------------------
 
@@ -115,7 +135,12 @@ class Interpreter:
                 if value is not None:
                     self.bind(target, self.evaluate(value, scope), scope)
             case ast.AugAssign(target=target, op=op, value=value):
-                made = operators.binary(type(op), self.evaluate(target, scope), self.evaluate(value, scope))
+                left, right = self.evaluate(target, scope), self.evaluate(value, scope)
+                if isinstance(left, list) and isinstance(op, ast.Add):
+                    left.extend(right)  # in place: other names of the list see it
+                    made = left
+                else:
+                    made = operators.binary(type(op), left, right)
                 self.bind(target, made, scope)
             case ast.Expr(value=value):
                 self.evaluate(value, scope)
@@ -268,7 +293,7 @@ class Interpreter:
             return str(part.value)
         assert isinstance(part, ast.FormattedValue)
         value = self.evaluate(part.value, scope)
-        return repr(value) if part.conversion == ord("r") else str(value)
+        return repr(operators.NAMES["str"](value)) if part.conversion == ord("r") else operators.NAMES["str"](value)
 
     def scopes(self, generators: Sequence[ast.comprehension], scope: _Scope) -> Iterator[_Scope]:
         """A scope for each turn of a comprehension, made when it is asked for, so that `any` stops where it stops."""
@@ -305,5 +330,5 @@ class Interpreter:
             return operators.FUNCTIONS[path]
         value = self.evaluate(owner, scope)
         if isinstance(value, Instance):
-            return lambda *args, **keywords: self.ask(name, value.number, list(args), keywords)
+            return _Method(self.ask, name, value.number)
         return functools.partial(operators.call_method, name, value)

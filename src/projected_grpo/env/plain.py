@@ -166,7 +166,8 @@ class Decoder:
             return int(body, 16)
         if tag == "range":
             made = range(*(self.decode(part, depth + 1) for part in body))
-            if len(made) > self.left:
+            self.left -= len(made)
+            if self.left < 0:
                 raise ValueError("too long a range")
             return made
         if tag == "bytes":

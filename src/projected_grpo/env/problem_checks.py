@@ -11,6 +11,7 @@ from pathlib import Path
 
 from projected_grpo.env.grader import Grade, Grader, GradeRequest
 from projected_grpo.env.problems import SPLITS, Problem, read_problems
+from projected_grpo.errors import InputError
 from projected_grpo.paths import data_path
 
 STUBS = {"the starter code": "pass", "`return None`": "return None", "`return 0`": "return 0"}
@@ -45,6 +46,8 @@ def check_problems(source: str, grader: Grader) -> ProblemsReport:
     path = data_path("problems", f"{source}.toml") if source in SPLITS else Path(source)
     problems, faults = read_problems(path)
     rows = len(problems) + len(faults)
+    if not rows:
+        raise InputError(f"{path}: holds no problem")
     requests = [request for problem in problems for _, request in _probes(problem)]
     grades = iter(grader.grade(requests))
     canonical = passed = wrong = failed = 0

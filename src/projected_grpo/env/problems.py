@@ -239,9 +239,9 @@ def _check(problem: Problem, where: str) -> None:
     for name in ("setup_code", "canonical_solution"):
         try:
             ast.parse(getattr(problem, name))
-        except (SyntaxError, ValueError) as error:
-            raise InputError(f"{where}: {name} does not parse: {error}") from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f"{where}: {name} does not parse: {type(error).__name__}: {error}") from None
     try:
         compile_tests(problem.tests, problem.setup_code)
     except UnsupportedTest as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from None

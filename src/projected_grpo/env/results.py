@@ -9,6 +9,9 @@ from projected_grpo.env import plain
 from projected_grpo.env.compare import Oracle
 from projected_grpo.env.sandbox import Ended, Limits, Outcome
 
+MAX_LINES = 1000
+"""Of results; the worker writes a line for tens of thousands of values."""
+
 
 def judge(oracle: Oracle, outcome: Outcome, limits: Limits) -> tuple[bool, str | None]:
     """(Does the ground truth pass, why the run did not end well) from what the untrusted side left."""
@@ -89,6 +92,8 @@ def read_results(outcome: Outcome) -> tuple[list[Any] | None, str | None]:
     failure: str | None = None
     loaded = False
     decoder = plain.Decoder()
+    if outcome.data.count(b"\n") > MAX_LINES:
+        return None, None
     *lines, _unfinished = outcome.data.split(b"\n")
     try:
         messages = [message for line in lines for message in plain.loads(line)]

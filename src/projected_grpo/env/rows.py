@@ -1,5 +1,6 @@
 """Reading rows with their line numbers, so that every fault of a file can be named as file:line."""
 
+import codecs
 import gzip
 import json
 import re
@@ -21,7 +22,7 @@ def read_rows(path: Path, table: str, faults: list[str] | None = None) -> Rows:
     """
     if path.suffix == ".toml":
         return read_toml(path, table)
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" or path.name.endswith(".jsonl.gz"):
         return read_jsonl(path, faults)
     raise InputError(f"{path}: {table}s are read from .toml or .jsonl, not {path.suffix or 'a bare name'}")
 
@@ -34,6 +35,7 @@ def read_jsonl(path: Path, faults: list[str] | None = None) -> Rows:
     _check_file(path)
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for line, content in enumerate(_lines(file, path), start=1):
+            content = content.removeprefix(codecs.BOM_UTF8) if line == 1 else content
             if not content.strip():
                 continue
             try:
@@ -86,5 +88,10 @@ def read_toml(path: Path, table: str) -> Rows:
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: {'is no file to read' if path.exists() else 'no such file'}")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None

@@ -27,6 +27,8 @@ from projected_grpo.errors import RunFault
 TEMPLATE = Path(__file__).parent / "untrusted" / "template.py"
 FIRST_UID = 61_000
 """Where the grader is root, slot i runs its jobs as user FIRST_UID + i, which owns nothing else."""
+MAX_SETUPS = 16
+"""Setup codes that a template keeps ready."""
 GRACE = 30.0
 """Seconds past the last wall limit after which the template itself, which enforces that limit, is taken for dead."""
 PATIENCE = 5
@@ -140,6 +142,7 @@ class _Template:
             start_new_session=True,
         )
         theirs.close()
+        self.setups: set[str] = set()
 
     def await_start(self) -> tuple[str, ...]:
         """What isolation it has. Raises RunFault with the template's last words where it did not come up."""
@@ -150,6 +153,15 @@ class _Template:
             self.stderr.seek(0)
             last = self.stderr.read().decode("utf-8", "replace").strip().splitlines()[-1:]
             raise RunFault(f"the grader's template process did not start: {' '.join(last)}") from None
+
+    def is_new(self, setup_key: str) -> bool:
+        """Whether this setup code is new to it, which it is no more then. The template forgets by the same rule."""
+        if setup_key in self.setups:
+            return False
+        if len(self.setups) >= MAX_SETUPS:
+            self.setups.clear()
+        self.setups.add(setup_key)
+        return True
 
     def send(self, request: str, fds: list[int]) -> None:
         try:
@@ -186,7 +198,7 @@ class Channel:
         """`limit`: bytes that may come in. `patience`: seconds after which the template is taken for dead."""
         self.socket, self.control, self.left, self.patience = ours, control, limit, patience
         self.socket.settimeout(patience)
-        self.rest, self.broken = b"", False
+        self.rest, self.broken = bytearray(), False
 
     def run(self, talk: Callable[["Channel"], bool]) -> bool:
         """What `talk` says; False where the job ended first, or says more than it was asked."""
@@ -207,7 +219,8 @@ class Channel:
             raise Ended from None
 
     def read_line(self) -> bytes:
-        while b"\n" not in self.rest:
+        end = self.rest.find(b"\n")
+        while end < 0:
             ready = select.select([self.socket, self.control], [], [], self.patience)[0]
             if not ready:
                 raise RunFault("the grader's template process does not answer")
@@ -215,8 +228,11 @@ class Channel:
             self.left -= len(more)
             if not more or self.left < 0:
                 raise Ended  # the job is over, or the template is: `receive` says which
+            found = more.find(b"\n")
+            end = len(self.rest) + found if found >= 0 else -1
             self.rest += more
-        line, _, self.rest = self.rest.partition(b"\n")
+        line = bytes(self.rest[:end])
+        del self.rest[: end + 1]
         return line
 
     def close(self) -> None:
@@ -244,6 +260,7 @@ class Sandbox:
             "rlimits": self.limits.rlimits(),
             "wall_seconds": self.limits.wall_seconds,
             "patience": PATIENCE,
+            "max_setups": MAX_SETUPS,
         }
         return _Template(options)
 
@@ -282,7 +299,14 @@ class Sandbox:
             data = memoryview(encoded)
             while data:
                 data = data[os.write(fds[0], data) :]
-            template.send(f"{len(encoded)} {job.setup_key or ''} {job.file or ''}", fds)
+            new_setup = job.setup_key is not None and template.is_new(job.setup_key)
+            if new_setup:
+                setup = os.memfd_create("setup")
+                os.write(setup, job.setup_code.encode())
+                fds.append(setup)
+            template.send(f"{len(encoded)} {job.setup_key or ''} {job.file or ''} {new_setup:d}", fds)
+            if new_setup:
+                os.close(fds.pop())
             if channel is not None and job.talk is not None:
                 os.close(fds.pop(2))
                 held = channel.run(job.talk)
@@ -302,7 +326,7 @@ class Sandbox:
         return Outcome(results, cut_off, output, end.get("file"), end["exit"], end["cpu"], overstayed, held, broken)
 
     def _fresh_directory(self) -> None:
-        self.directory.mkdir(mode=0o700)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
         if os.getuid() == 0:
             os.chown(self.directory, FIRST_UID + self.slot, FIRST_UID + self.slot)
 
@@ -310,6 +334,7 @@ class Sandbox:
         try:
             self.directory.rmdir()
         except OSError:
+            self.root.chmod(0o711)
             # Not shutil.rmtree: a completion may nest directories deeper than Python recurses, or lock them.
             subprocess.run(["chmod", "-R", "u+rwx", str(self.directory)], stderr=subprocess.DEVNULL)
             subprocess.run(["rm", "-rf", str(self.directory)], stderr=subprocess.DEVNULL)

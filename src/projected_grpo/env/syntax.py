@@ -127,5 +127,10 @@ def _check_node(node: ast.AST, bound: set[str], holders: set[str]) -> None:
                 raise UnsupportedTest(f"uses `{ast.unparse(node)[:60]}`")
         case ast.Call(func=ast.Name(id="Solution"), args=args, keywords=keywords) if args or keywords:
             raise UnsupportedTest("makes a Solution with arguments")
+        case ast.Compare(ops=ops, left=left, comparators=comparators):
+            sides = (left, *comparators)
+            for op, *pair in zip(ops, sides, sides[1:], strict=False):
+                if isinstance(op, ast.Is | ast.IsNot) and not any(isinstance(side, ast.Constant) for side in pair):
+                    raise UnsupportedTest(f"asks for identity in `{ast.unparse(node)[:60]}`")
         case ast.FormattedValue(format_spec=spec) if spec is not None:
             raise UnsupportedTest("uses a format specification")

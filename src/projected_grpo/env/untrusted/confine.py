@@ -80,6 +80,51 @@ DENIED = {  # name: (x86_64, aarch64); None where the machine has no such call
     "keyctl": (250, 219),
     "personality": (135, 92),
     "flock": (73, 32),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
+    "truncate": (76, 45),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "io_setup": (206, 0),
+    "fanotify_init": (300, 262),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "mq_unlink": (241, 181),
     "init_module": (175, 105),
     "finit_module": (313, 273),
     "delete_module": (176, 106),
@@ -94,11 +139,15 @@ DENIED = {  # name: (x86_64, aarch64); None where the machine has no such call
     "iopl": (172, None),
     "ioperm": (173, None),
 }
-CLONE, CLONE3, KILL, TGKILL = (56, 220), (435, 435), (62, 129), (234, 131)
+CLONE, CLONE3, KILL, TGKILL, PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
+SENDTO, FCNTL, IOCTL = (44, 206), (72, 25), (16, 29)
+OWNERS = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902)}
+"""Commands that make the kernel signal some process: F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP."""
 X32_BIT = 0x40000000
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL_PROCESS, REFUSE, ABSENT = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # EPERM, ENOSYS
-NUMBER, ARCH, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; the low half of the argument
+NUMBER, ARCH, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data; the low halves
+ADDRESS = (48, 52)  # both halves of the fifth argument
 
 
 class Filter:
@@ -117,7 +166,15 @@ class Filter:
         program += [(JUMP_EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (JUMP_SET, 0, 1, CLONE_THREAD)]
         program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
         self.own = []
-        for number, zero in ((KILL, True), (TGKILL, False)):
+        for numbers, commands in ((FCNTL, OWNERS["fcntl"]), (IOCTL, OWNERS["ioctl"])):
+            refusals = [step for c in commands for step in ((JUMP_EQUAL, 0, 1, c), (RETURN, 0, 0, REFUSE))]
+            program += [(JUMP_EQUAL, 0, 2 + len(refusals), numbers[column]), (LOAD, 0, 0, SECOND_ARGUMENT), *refusals]
+            program += [(RETURN, 0, 0, ALLOW)]
+        program += [(JUMP_EQUAL, 0, 6, SENDTO[column])]  # without an address it is what a socket pair needs
+        for half in ADDRESS:
+            program += [(LOAD, 0, 0, half), (JUMP_EQUAL, 1, 0, 0), (RETURN, 0, 0, REFUSE)]
+        program += [(LOAD, 0, 0, NUMBER), (JUMP_EQUAL, 0, 1, SENDTO[column]), (RETURN, 0, 0, ALLOW)]
+        for number, zero in ((KILL, True), (TGKILL, False), (PRLIMIT, True)):
             targets = [(JUMP_EQUAL, 0, 1, 0), (RETURN, 0, 0, ALLOW)] if zero else []  # kill(0): its own group
             targets += [(JUMP_EQUAL, 0, 1, None), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
             program += [(JUMP_EQUAL, 0, 1 + len(targets), number[column]), (LOAD, 0, 0, FIRST_ARGUMENT)]
@@ -177,7 +234,7 @@ class Surroundings:
     def __init__(self, directory, uid, rlimits):
         """`directory`: the jobs' own, by path. `uid`: their user where this process is root."""
         self.directory, self.uid, self.rlimits = directory, uid, rlimits
-        self.root, self.isolation = os.getuid() == 0, []
+        self.root, self.isolation, self.untouched = os.getuid() == 0, [], None
         self.namespaces()
         self.pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self.may_unshare_pid = probe(lambda: libc.unshare(CLONE_NEWPID) == 0)
@@ -196,7 +253,7 @@ class Surroundings:
         self.isolation += ["own disk"] * self.mounted
         self.isolation += ["system call filter"] * (self.filter is not None)
         self.isolation += [f"landlock {self.landlock_version}"] * (self.landlock_version > 0)
-        self._steps = self.steps()
+        self.ruleset = -1
 
     def namespaces(self):
         uid, gid = os.getuid(), os.getgid()
@@ -218,25 +275,30 @@ class Surroundings:
         """A file system in memory, with a size, for the jobs' directory."""
         owner = f",uid={self.uid},gid={self.uid}" if self.root else ""
         options = f"size=32m,nr_inodes=4096,mode=0700{owner}".encode()
-        if libc.mount(b"job", self.directory.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options) != 0:
-            return False
-        new = os.stat(self.directory)
-        self.untouched = (new.st_size, new.st_ctime_ns, new.st_mode)
-        return True
+        self.untouched = None
+        return libc.mount(b"job", self.directory.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options) == 0
 
     @property
     def alone(self):
         """Whether a job cannot leave a process behind: none can be made, or all end with the namespace's first."""
         return self.may_unshare_pid or self.filter is not None
 
+    def state(self):
+        """What the jobs' directory looks like: its size grows with its entries, nobody can set its time of change."""
+        try:
+            found = os.stat(self.directory)
+            entries = 0 if self.mounted else len(os.listdir(self.directory))
+            return found.st_ino, found.st_size, entries, found.st_ctime_ns, found.st_mode
+        except OSError:
+            return None
+
     def renew(self):
         """An empty directory after a job; False where the trusted side has to see to it."""
-        if not self.mounted:
-            return not os.listdir(self.directory)
-        # A directory's size here grows with its entries, and nobody can set the time of its last change.
-        now = os.stat(self.directory)
-        if (now.st_size, now.st_ctime_ns, now.st_mode) == self.untouched:
+        if self.state() == self.untouched:
             return True
+        if not self.mounted:
+            self.untouched = None
+            return False
         libc.umount2(self.directory.encode(), MNT_DETACH)
         self.mounted = self.mount()
         time.sleep(0.011)  # a tick of the coarsest clock: what happens from now on has another time
@@ -248,6 +310,9 @@ class Surroundings:
         The C library's fork and not os.fork, whose handlers for threads, locks and generators this process of one
         thread does not need: they cost a quarter of a millisecond.
         """
+        if self.untouched is None:
+            self.untouched = self.state()
+            self.restrict()
         if not self.may_unshare_pid:
             return checked(python_api.fork())
         libc.unshare(CLONE_NEWPID)
@@ -255,6 +320,12 @@ class Surroundings:
         if pid:
             libc.setns(self.pid_namespace, CLONE_NEWPID)
         return pid
+
+    def restrict(self):
+        """Make the steps of `confine` ready for the directory as it is now."""
+        if self.ruleset >= 0:
+            os.close(self.ruleset)
+        self._steps = self.steps()
 
     def steps(self):
         """What a job gives up, as calls of the C library; the order matters, since each takes a right away.
@@ -280,9 +351,9 @@ class Surroundings:
         steps.append((prctl, PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0))
         steps.append((python_api.capset, struct.pack("=II", 0x20080522, 0), bytes(24)))
         if self.landlock_version:
-            ruleset = landlock_ruleset(self.landlock_version, None if self.may_chroot else self.directory)
-            if ruleset >= 0:
-                steps.append((python_api.syscall, RESTRICT_SELF, ruleset, 0))
+            self.ruleset = landlock_ruleset(self.landlock_version, None if self.may_chroot else self.directory)
+            if self.ruleset >= 0:
+                steps.append((python_api.syscall, RESTRICT_SELF, self.ruleset, 0))
         return steps
 
     def confine(self):

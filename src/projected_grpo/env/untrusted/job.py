@@ -97,12 +97,17 @@ class Caller:
             return getattr(owner, method)(*args, **named)
         finally:
             if self.attribute is not None and not self.valid:
-                self.valid = bool(getattr(owner, self.attribute, False))
+                self.valid = self.is_set(owner)
+
+    def is_set(self, owner):
+        """Whether its attribute is true; a method of that name is no flag."""
+        value = getattr(owner, self.attribute, False)
+        return bool(value) and not callable(value)
 
     def was_valid(self):
         """What a careless harness asks: the tested object, or else a new one, whether it is valid."""
         try:
-            return self.valid or bool(getattr(self.new(), self.attribute, False))
+            return self.valid or self.is_set(self.new())
         except Exception:
             return False
 
@@ -211,9 +216,9 @@ def main(fds, size, module, confine):
 
 def exit_status(error):
     """As a program ends that nobody catches: with what `sys.exit` was given, else with 1."""
-    if type(error) is not SystemExit or not (error.code is None or type(error.code) is int):
+    if not isinstance(error, SystemExit) or not (error.code is None or isinstance(error.code, int)):
         return 1
-    return (error.code or 0) & 0xFF
+    return int(error.code or 0) & 0xFF
 
 
 def read_job(fd, size):

@@ -31,12 +31,8 @@ del sys.path[0]
 for own in ("confine", "job", "modules", "wire"):
     del sys.modules[own]
 
-MAX_SETUPS = 16
 MAX_FILE = 4096
 """Bytes of the watched file that go to the trusted side."""
-BUSY = 0.02
-"""A job past the wall limit that has used this share of it as CPU time is not asleep but starved by the machine's load:
-it goes on."""
 
 
 class Template:
@@ -46,24 +42,26 @@ class Template:
         self.directory = options["directory"]
         confine.libc.prctl(confine.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.surroundings = confine.Surroundings(self.directory, options["uid"], options["rlimits"])
-        self.setups = {}
+        self.setups, self.max_setups = {}, options["max_setups"]
 
     def serve(self):
         self.control.send(json.dumps({"isolation": self.surroundings.isolation}).encode())
-        space = socket.CMSG_SPACE(4 * 4)
+        space = socket.CMSG_SPACE(5 * 4)
         while True:
             # Every page that this process writes to between two forks costs a fault: it does little, and that plainly.
             data, messages, _, _ = self.control.recvmsg(4096, space)
             if not data:
                 return
             fds = struct.unpack(f"{len(messages[0][2]) // 4}i", messages[0][2])
-            length, setup, file = data.decode().split(" ")
-            size = int(length)
-            module = self.module(setup, fds[0], size) if setup else None
+            length, setup, file, new_setup = data.decode().split(" ")
+            if new_setup == "1":
+                *fds, setup_fd = fds
+                self.learn(setup, setup_fd)
+            module = self.setups[setup] if setup else None
             pid = self.surroundings.fork()
             if pid == 0:
                 try:
-                    job_body.main(fds, size, module, self.surroundings.confine)
+                    job_body.main(fds, int(length), module, self.surroundings.confine)
                 finally:
                     os._exit(70)
             for fd in fds:
@@ -74,19 +72,20 @@ class Template:
             end = f'{{"exit": {exit_code}, "cpu": {cpu:.6f}, "overstayed": {overstayed:d}, "clean": {clean:d}{left}}}'
             self.control.send(end.encode())
 
-    def module(self, key, job_fd, size):
-        """The module of a setup code that defines things and does nothing else, made once and given to every fork."""
-        if key not in self.setups:
-            if len(self.setups) >= MAX_SETUPS:
-                self.setups.clear()
-            job, _calls = job_body.read_job(job_fd, size)
-            try:
-                self.setups[key] = job_body.new_module(job["setup_code"])
-            except Exception:
-                self.setups[key] = None  # the job runs it, and fails as it fails
-            gc.collect()
-            gc.freeze()
-        return self.setups[key]
+    def learn(self, key, fd):
+        """Make the module of a setup code that defines things and does nothing else, once, for every fork.
+
+        It comes apart from the job: what a completion says must not be left in the memory that the next one inherits.
+        """
+        if len(self.setups) >= self.max_setups:
+            self.setups.clear()
+        try:
+            self.setups[key] = job_body.new_module(os.pread(fd, os.fstat(fd).st_size, 0).decode())
+        except Exception:
+            self.setups[key] = None  # the job runs it, and fails as it fails
+        os.close(fd)
+        gc.collect()
+        gc.freeze()
 
     def wait(self, pid):
         """Wait for the job's process, kill it when it overstays or when the grader is gone, sweep what it left.
@@ -114,13 +113,13 @@ class Template:
         return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, overstayed
 
     def starved(self, pid, elapsed):
+        """Whether it waited for a processor most of the time, which a sleeper does not."""
         try:
-            with open(f"/proc/{pid}/stat") as file:
-                fields = file.read().rsplit(")", 1)[1].split()
-        except OSError:
+            with open(f"/proc/{pid}/schedstat") as file:
+                waited = int(file.read().split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):
             return False
-        used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return elapsed < self.wall_patience and used > BUSY * elapsed
+        return elapsed < self.wall_patience and waited > elapsed / 2
 
     def sweep(self, pid):
         """Kill and reap everything that the job left behind: orphans come to this process, its subreaper."""
