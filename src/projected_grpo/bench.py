@@ -103,12 +103,11 @@ def measure(problems: Sequence[Problem], workers: int = 2, repeats: int = 5, rou
         for problem in tqdm(problems, desc="rows", disable=None, leave=False):
             own = own_time(problem)
             count = repeats if own < SLOW_MS else 1
-            pairs = [
-                (_milliseconds(partial(grader.grade_one, requests[problem.id])),
-                 _milliseconds(partial(run_fresh, program_of(problem))))
-                for _ in range(count)
-            ]  # fmt: skip
-            ours, fresh = (statistics.median(side) for side in zip(*pairs, strict=True))
+            # In turn row by row, each side in a row: a grader works through batches, and so does its competitor.
+            ours, fresh = (
+                statistics.median(_milliseconds(run) for _ in range(count))
+                for run in (partial(grader.grade_one, requests[problem.id]), partial(run_fresh, program_of(problem)))
+            )
             rows.append(Row(problem.id, own, ours, fresh))
         fast = [problem for problem, row in zip(problems, rows, strict=True) if row.own < FAST_MS]
         rates = _rates(grader, [requests[p.id] for p in fast], [program_of(p) for p in fast], workers, rounds)
