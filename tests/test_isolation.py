@@ -42,7 +42,7 @@ with Grader(1) as grader:
 
 # Each answers right where it gets what it reaches for.
 REACHES = {
-    "reads the data": "open({data!r}).read()",
+    "reads the data": "open(DATA).read()",
     "reads the interpreter's files": "import os; os.listdir(os.path.dirname(os.__file__))",
     "writes beside its directory": "import os; open('../escaped', 'w').write('x')",
     "makes a socket": "import socket; socket.socket()",
@@ -51,20 +51,36 @@ REACHES = {
     "signals its parent": "import os; os.kill(os.getppid(), 0)",
     "signals everybody": "import os; os.kill(-1, 0)",
     "traces its parent": "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
+    "changes the mode of its directory": "import os; os.chmod('.', 0o755)",
+    "changes the times of its directory": "import os; os.utime('.', (7, 7))",
+    "limits its parent": "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)",
+    "slows its parent": "import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)",
+    "moves its parent": "import os; os.sched_setaffinity(os.getppid(), {0})",
+    "has a signal sent": "import fcntl, os\nif fcntl.fcntl(0, 8, os.getppid()): raise OSError",
+    "writes to somebody's socket": (
+        "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+        "try: a.sendto(b'x', '/nowhere')\nexcept PermissionError: raise\nexcept OSError: pass"
+    ),
+    "takes shared memory": "import ctypes\nif ctypes.CDLL(None).shmat(0, None, 0) in (-1, 2**64 - 1): raise OSError",
     "makes a file in memory": "import os; os.memfd_create('x')",
 }
+HONEST_HELPERS = (
+    "import resource, socket, asyncio\nresource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
+    "a, b = socket.socketpair()\na.send(b'x')\nassert b.recv(1) == b'x'\nasyncio.run(asyncio.sleep(0))\n"
+)
 HONEST = "class Solution:\n    def f(self, n):\n        return 424242\n"
 
 
 @pytest.fixture(scope="module")
 def found():
-    attempts = {}
+    attempts, data = {}, data_path("problems", "eval.toml")
     for name, reach in REACHES.items():
-        body = f"try:\n{textwrap.indent(reach.format(data=str(data_path('problems', 'eval.toml'))), '    ')}\n"
+        body = f"try:\n{textwrap.indent(reach.replace('DATA', repr(str(data))), '    ')}\n"
         attempts[name] = f"OK = True\n{body}except Exception:\n    OK = False\n{HONEST}".replace(
             "424242", "424242 * OK"
         )
     attempts["honest"] = HONEST
+    attempts["limits itself and uses its own sockets"] = HONEST_HELPERS + HONEST
     attempts["uses its directory"] = "open('x', 'w').write('1')\nassert open('x').read() == '1'\n" + HONEST
     attempts["uses threads"] = "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()\n" + HONEST
     done = subprocess.run(
@@ -84,7 +100,7 @@ def test_only_what_needs_no_right_is_left(found):
 
 def test_honest_completions_are_right_there_too(found):
     _, grades = found
-    for name in ("honest", "uses its directory", "uses threads"):
+    for name in ("honest", "uses its directory", "uses threads", "limits itself and uses its own sockets"):
         assert grades[name] == [True, None]
 
 

@@ -59,6 +59,10 @@ class Opaque:
         raise TypeError(f"a {self.type_name} is no plain data")
 
 
+class TooManyValues(ValueError):
+    """The messages of one completion hold more than MAX_NODES."""
+
+
 def list_node(values: list) -> ListNode | None:
     return ListNode(tuple(values)) if values else None
 
@@ -143,7 +147,7 @@ class Decoder:
         """Raises ValueError or TypeError (or KeyError, OverflowError) for anything malformed or too large."""
         self.left -= 1
         if self.left < 0:
-            raise ValueError("too many values")
+            raise TooManyValues("too many values")
         if wire is None or type(wire) in (bool, int, float, str):
             return wire
         if depth > MAX_DEPTH:
@@ -168,7 +172,7 @@ class Decoder:
             made = range(*(self.decode(part, depth + 1) for part in body))
             self.left -= len(made)
             if self.left < 0:
-                raise ValueError("too long a range")
+                raise TooManyValues("too long a range")
             return made
         if tag == "bytes":
             return bytes.fromhex(body)

@@ -9,6 +9,7 @@ from projected_grpo.env import plain
 from projected_grpo.env.compare import Oracle
 from projected_grpo.env.sandbox import Ended, Limits, Outcome
 
+TOO_MANY = f"more than {plain.MAX_NODES} values in its results"
 MAX_LINES = 1000
 """Of results; the worker writes a line for tens of thousands of values."""
 
@@ -23,7 +24,9 @@ def judge(oracle: Oracle, outcome: Outcome, limits: Limits) -> tuple[bool, str |
     if results is None:
         return False, "its channel holds more than results"
     if finished(oracle, outcome) and failure is None and outcome.exit_code == 0:
-        return outcome.talk_held and oracle.judge(results) is None, None
+        passed = outcome.talk_held and oracle.judge(results) is None
+        too_many = not passed and any(isinstance(r, plain.Opaque) and r.type_name == TOO_MANY for r in results)
+        return passed, TOO_MANY if too_many else None
     if failure is None:
         failure = f"its process ended early (exit code {outcome.exit_code})"
     return False, failure
@@ -117,5 +120,7 @@ def read_results(outcome: Outcome) -> tuple[list[Any] | None, str | None]:
 def _decoded(decoder: plain.Decoder, wire: Any) -> Any:
     try:
         return decoder.decode(wire)
+    except plain.TooManyValues:
+        return plain.Opaque(TOO_MANY)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return plain.Opaque("malformed message")
