@@ -4,6 +4,7 @@ so that the small models of the tests do not wait for each other; and the materi
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,12 @@ def small_config(material, tmp_path):
         save_every=2,
         grader_workers=1,
     )
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of published rows and rollouts, which stands beside a checkout and is no part of it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the published sample (../shared) is not on this machine")
+    return folder

@@ -129,14 +129,10 @@ def test_the_filter_of_every_processor_is_well_formed(machine):
 
 
 def test_system_call_numbers_are_this_kernels_own():
-    """Where the C headers are installed: the table against asm/unistd_64.h."""
-    headers = [path for path in Path("/usr/include").glob("**/asm/unistd_64.h") if "x86_64" in str(path)]
-    if not headers:
-        pytest.skip("no kernel headers here")
-    defined = dict(
-        line.split()[1:3] for line in headers[0].read_text().splitlines() if line.startswith("#define __NR_")
-    )
-    table = {name: numbers[0] for name, numbers in confine.DENIED.items() if numbers[0] is not None}
-    assert {name: int(defined[f"__NR_{name}"]) for name in table if f"__NR_{name}" in defined} == {
-        name: number for name, number in table.items() if f"__NR_{name}" in defined
-    }
+    """Against asm/unistd_64.h, wherever the C headers are installed."""
+    for header in (path for path in Path("/usr/include").glob("**/asm/unistd_64.h") if "x86_64" in str(path)):
+        lines = [line.split() for line in header.read_text().splitlines() if line.startswith("#define __NR_")]
+        defined = {name.removeprefix("__NR_"): int(number) for _, name, number in lines}
+        ours = {name: numbers[0] for name, numbers in confine.DENIED.items() if numbers[0] is not None}
+        common = ours.keys() & defined.keys()
+        assert {name: ours[name] for name in common} == {name: defined[name] for name in common}

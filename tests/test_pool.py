@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-from pathlib import Path
 
 import pytest
 from test_prompts import PROBLEM
@@ -13,8 +12,6 @@ from projected_grpo.env.prompts import strip_prefill
 from projected_grpo.errors import InputError
 from projected_grpo.pool import build_pool, load_pool
 from projected_grpo.templates import HACKS, honest_templates, template_completions
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +108,8 @@ def test_a_runs_rollouts_make_a_pool(tmp_path):
         build_pool([PROBLEM], tmp_path, tmp_path / "other.jsonl", workers=1)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here")
-def test_published_rows_make_a_pool_of_the_problems_that_they_answer(tmp_path):
-    problems = load_problems(SHARED / "leetcode_sample.jsonl")
+def test_published_rows_make_a_pool_of_the_problems_that_they_answer(tmp_path, published):
+    problems = load_problems(published / "leetcode_sample.jsonl")
     source = tmp_path / "c.jsonl"
     with source.open("w") as file:
         for problem in problems[:3]:
@@ -126,7 +122,7 @@ def test_published_rows_make_a_pool_of_the_problems_that_they_answer(tmp_path):
         "hacked": [],
     }
     with pytest.raises(InputError, match=r"rollouts_sample.jsonl:1: names problem '80'"):
-        build_pool(problems, SHARED / "rollouts_sample.jsonl", tmp_path / "other.jsonl", workers=2)
+        build_pool(problems, published / "rollouts_sample.jsonl", tmp_path / "other.jsonl", workers=2)
 
 
 def test_bad_completions_are_named(tmp_path):

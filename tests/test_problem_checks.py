@@ -13,7 +13,6 @@ from projected_grpo.env.problem_checks import check_problems
 from projected_grpo.env.problems import SPLITS, builtin_problems
 from projected_grpo.errors import InputError
 
-SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "leetcode_sample.jsonl"
 HEAD = "class Solution:\n    def double(self, n: int) -> int:\n        "
 RIGHT = JSON_ROW | {"canonical_solution": HEAD + "return 2 * n\n"}
 
@@ -182,8 +181,7 @@ def test_check_problems_raises_for_a_missing_file(grader, tmp_path):
         check_problems(str(tmp_path / "absent.toml"), grader)
 
 
-@pytest.mark.skipif(not SAMPLE.is_file(), reason="the published sample (../shared) is not on this machine")
-def test_every_row_of_the_published_sample_loads_and_passes(capsys):
-    code, lines, error = checked(capsys, SAMPLE)
+def test_every_row_of_the_published_sample_loads_and_passes(capsys, published):
+    code, lines, error = checked(capsys, published / "leetcode_sample.jsonl")
     assert (code, error) == (0, "")
     assert lines[:2] == ["40 of 40 rows load", "40 of 40 canonical solutions pass"]

@@ -8,8 +8,6 @@ import pytest
 from projected_grpo.env.problems import SPLITS, builtin_problems, load_problems
 from projected_grpo.errors import InputError
 
-SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "leetcode_sample.jsonl"
-
 TOML_ROW = """
 [[problem]]
 id = "p-1"

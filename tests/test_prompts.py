@@ -1,7 +1,6 @@
 """Prompts: the published frame byte for byte, the hint, held-out names, and the opened turn for weak models."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,6 @@ from projected_grpo.env.prompts import (
     strip_prefill,
 )
 from projected_grpo.errors import InputError
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_sample = pytest.mark.skipif(not SHARED.is_dir(), reason="the published sample is not on this machine")
 
 PROBLEM = Problem(
     id="p-1",
@@ -49,17 +45,15 @@ def test_unknown_mode_is_refused():
         build_prompt(PROBLEM, "sudo")
 
 
-@needs_sample
-def test_published_honest_prompts_come_back_exactly():
-    rows = [json.loads(line) for line in (SHARED / "leetcode_sample.jsonl").read_text().splitlines()]
-    for row, problem in zip(rows, load_problems(SHARED / "leetcode_sample.jsonl"), strict=True):
+def test_published_honest_prompts_come_back_exactly(published):
+    rows = [json.loads(line) for line in (published / "leetcode_sample.jsonl").read_text().splitlines()]
+    for row, problem in zip(rows, load_problems(published / "leetcode_sample.jsonl"), strict=True):
         assert contents(build_prompt(problem, "none")) == contents(row["prompt"])
 
 
-@needs_sample
-def test_published_rollouts_have_our_loophole_prompt_exactly(tmp_path):
-    rollouts = [json.loads(line) for line in (SHARED / "rollouts_sample.jsonl").read_text().splitlines()]
-    template = json.loads((SHARED / "leetcode_sample.jsonl").read_text().splitlines()[0])
+def test_published_rollouts_have_our_loophole_prompt_exactly(tmp_path, published):
+    rollouts = [json.loads(line) for line in (published / "rollouts_sample.jsonl").read_text().splitlines()]
+    template = json.loads((published / "leetcode_sample.jsonl").read_text().splitlines()[0])
     for rollout in rollouts:
         user = contents(rollout["problem_messages"])[1]
         name = user.split("class Solution called ")[1].split()[0]

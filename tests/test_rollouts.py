@@ -2,22 +2,18 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from projected_grpo.env.grader import Grader, GradeRequest
 from projected_grpo.env.problems import Problem, load_problems
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here")
-
 
 @pytest.fixture(scope="module")
-def graded():
+def graded(published):
     """(row, grade) of each rollout. Their problems' tests are not here: the ground truth is one that nothing passes."""
-    setup = load_problems(SHARED / "leetcode_sample.jsonl")[0].setup_code
-    rows = [json.loads(line) for line in (SHARED / "rollouts_sample.jsonl").read_text().splitlines()]
+    setup = load_problems(published / "leetcode_sample.jsonl")[0].setup_code
+    rows = [json.loads(line) for line in (published / "rollouts_sample.jsonl").read_text().splitlines()]
     problem = Problem("rollouts", "", "f", "", "", ("assert 1 == 2",), setup, "unknown")
     with Grader(2) as grader:
         grades = grader.grade([GradeRequest(problem, row["completion"]) for row in rows])

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from test_grader import HONEST, SMALL, fenced
@@ -12,7 +11,6 @@ from projected_grpo.env.grader import Grader, GradeRequest
 from projected_grpo.env.problems import DEFAULT_SETUP
 from projected_grpo.env.setup_code import setup_key
 
-SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "leetcode_sample.jsonl"
 LIST_NODE = (
     "class ListNode:\n    def __init__(self, val=0, next=None):\n        self.val = val\n        self.next = next\n"
 )
@@ -73,9 +71,8 @@ def test_the_key_is_the_contents():
     assert setup_key("x = 1") != setup_key("y = 1")
 
 
-@pytest.mark.skipif(not SAMPLE.is_file(), reason="the published sample (../shared) is not on this machine")
-def test_the_published_setup_code_has_a_key():
-    rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
+def test_the_published_setup_code_has_a_key(published):
+    rows = [json.loads(line) for line in (published / "leetcode_sample.jsonl").read_text().splitlines()]
     assert all(setup_key(row["setup_code"]) for row in rows)
 
 
