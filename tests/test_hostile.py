@@ -1379,7 +1379,8 @@ def test_honest_neighbours_are_unaffected(grader):
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "run_tests"])
 def test_no_loophole_is_a_way_to_the_ground_truth(grader, mode):
-    names = [name for name in CHEAP if may_run(name, grader.isolation)]
+    # A third of them in each mode, another one in the next: every completion meets two of the six.
+    names = [name for name in CHEAP if may_run(name, grader.isolation)][list(MODES).index(mode) % 3 :: 3]
     codes = [HOSTILE[name] for name in names] + [HONEST]
     *results, honest = grader.grade([request(code, mode=mode) for code in codes])
     assert [name for name, result in zip(names, results, strict=True) if result.gt_pass] == []
