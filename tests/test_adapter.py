@@ -1079,6 +1079,7 @@ for order in orders:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_imports_the_package_before_or_after_peft_loads_an_adapter(tmp_path):
     build_model().save_pretrained(tmp_path / "base")
     model = adapted()

@@ -121,7 +121,7 @@ def test_the_saved_config_reproduces_every_metric_to_the_last_digit(finished, tm
 @pytest.mark.parametrize(
     "reuse",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"steps_per_generation": 2, "num_iterations": 2, "prompts_per_step": 1, "vhack_refresh_every": 2, "beta": 0.01},
     ],
     ids=["on-policy", "reused rollouts, refresh, KL"],
