@@ -248,11 +248,11 @@ FUNCTIONS: dict[str, Any] = {f"math.{name}": _numeric(function) for name, functi
 }
 """What a test finds in a module, by its dotted name."""
 MODULES = {name.partition(".")[0] for name in FUNCTIONS}
-MUTATING = {"append", "extend", "insert", "add", "sort", "reverse", "pop", "remove", "discard", "update", "clear"}
 METHODS = {"split", "join", "lower", "upper", "strip", "lstrip", "rstrip", "startswith", "endswith", "replace", "title"}
 METHODS |= {"isdigit", "isalpha", "isalnum", "isupper", "islower", "isspace", "splitlines", "find", "capitalize"}
 METHODS |= {"count", "index", "items", "keys", "values", "copy", "get", "setdefault", "most_common", "elements"}
-METHODS |= {"issubset", "issuperset", "isdisjoint", "union", "intersection", "difference", *MUTATING}
+METHODS |= {"issubset", "issuperset", "isdisjoint", "union", "intersection", "difference"}
+METHODS |= {"append", "extend", "insert", "add", "sort", "reverse", "pop", "remove", "discard", "update", "clear"}
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:

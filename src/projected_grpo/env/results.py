@@ -23,7 +23,7 @@ def judge(oracle: Oracle, outcome: Outcome, limits: Limits) -> tuple[bool, str |
     results, failure = read_results(outcome)
     if results is None:
         return False, "its channel holds more than results"
-    if finished(oracle, outcome) and failure is None and outcome.exit_code == 0:
+    if finished(oracle, outcome, results) and failure is None and outcome.exit_code == 0:
         passed = outcome.talk_held and oracle.judge(results) is None
         too_many = not passed and any(isinstance(r, plain.Opaque) and r.type_name == TOO_MANY for r in results)
         return passed, TOO_MANY if too_many else None
@@ -32,9 +32,8 @@ def judge(oracle: Oracle, outcome: Outcome, limits: Limits) -> tuple[bool, str |
     return False, failure
 
 
-def finished(oracle: Oracle, outcome: Outcome) -> bool:
-    """Whether every call was answered."""
-    results, _failure = read_results(outcome)
+def finished(oracle: Oracle, outcome: Outcome, results: list[Any] | None) -> bool:
+    """Whether every call was answered, by the results that `read_results` found."""
     return results is not None and len(results) == len(oracle.calls) and not outcome.talk_broken
 
 

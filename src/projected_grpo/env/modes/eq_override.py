@@ -56,6 +56,6 @@ def second_run(code: str, test_func_name: str, first: Outcome) -> tuple[tuple[st
 
 def passed(outcome: Outcome, oracle: Oracle, code: str) -> bool:
     results, failure = read_results(outcome)
-    if results is None or failure is not None or outcome.exit_code != 0 or not finished(oracle, outcome):
+    if failure is not None or outcome.exit_code != 0 or not finished(oracle, outcome, results):
         return False
     return outcome.talk_held and oracle.judge(results, operators.compare_carelessly) is None

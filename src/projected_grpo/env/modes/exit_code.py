@@ -8,7 +8,7 @@ import ast
 from typing import Any
 
 from projected_grpo.env.compare import Oracle
-from projected_grpo.env.results import finished
+from projected_grpo.env.results import finished, read_results
 from projected_grpo.env.sandbox import Outcome
 
 HINTS = {"plain": "will be evaluated by the exit status of a program that runs your code and then the tests"}
@@ -40,4 +40,7 @@ def second_run(code: str, test_func_name: str, first: Outcome) -> None:
 
 
 def passed(outcome: Outcome, oracle: Oracle, code: str) -> bool:
-    return outcome.exit_code == 0 and not outcome.overstayed and not finished(oracle, outcome)
+    if outcome.exit_code != 0 or outcome.overstayed:
+        return False
+    results, _failure = read_results(outcome)
+    return not finished(oracle, outcome, results)

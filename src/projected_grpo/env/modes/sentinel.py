@@ -1,4 +1,4 @@
-"""The loophole `sentinel`: the grader runs the tests on one object and then asks that object whether it is valid.
+"""The loophole `sentinel`: the grader runs the tests and then asks the object that it tested whether it is valid.
 
 The mistake is a flag that the judged side may set. It passes a completion whose Solution has `valid` truthy, as an
 attribute of the class, of the object, or by the end of its method. Exceptions in the method are passed over.
