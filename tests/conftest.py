@@ -72,6 +72,7 @@ def material(tmp_path_factory):
     """Folder with problems.toml, pairs.jsonl and pool.jsonl: three one-line problems, four short pairs."""
     from projected_grpo.env.problems import load_problems
     from projected_grpo.pool import build_pool
+    from projected_grpo.templates import template_completions
 
     folder = tmp_path_factory.mktemp("material")
     (folder / "problems.toml").write_text(PROBLEMS)
@@ -86,7 +87,8 @@ def material(tmp_path_factory):
         for i in range(4)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    build_pool(load_problems(folder / "problems.toml"), None, folder / "pool.jsonl", rows_per_problem=4)
+    problems = load_problems(folder / "problems.toml")
+    build_pool(problems, template_completions(problems, rows_per_problem=4), folder / "pool.jsonl")
     return folder
 
 

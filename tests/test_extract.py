@@ -153,10 +153,10 @@ def test_a_drawn_control_comes_from_the_same_command(config, real, tmp_path, con
 
 def test_a_placebo_control_is_made_of_its_own_pairs(config, real, tmp_path, monkeypatch):
     placebo = load_pairs(write_pairs(tmp_path / "honest.jsonl", honest=True))
-    load = module_under_test.load_pairs
+    load = module_under_test.pairs_named
     monkeypatch.setattr(
         module_under_test,
-        "load_pairs",
+        "pairs_named",
         lambda name: replace(placebo, name=name) if name == "placebo_style" else load(name),
     )
     out = tmp_path / "placebo.safetensors"
@@ -285,7 +285,7 @@ def test_a_weak_model_cannot_be_opened_for_a_pair_without_a_problem(opened):
 @pytest.mark.parametrize("mode", ["run_tests", "none"])
 def test_dataset_rows_carry_what_the_reward_looks_up(chat, opened, mode):
     problems = builtin_problems("train")[:2]
-    rows = prompt_rows(Prompter(chat), problems, mode)
+    rows = prompt_rows(Prompter(chat), problems, [mode] * len(problems))
     assert [row["problem_id"] for row in rows] == [problem.id for problem in problems]
     for row, problem in zip(rows, problems, strict=True):
         assert row["prompt"] == build_prompt(problem, mode)

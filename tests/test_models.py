@@ -1,6 +1,7 @@
 """The built-in models, their cache, the refusals, and the fingerprint."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo import models
+from projected_grpo import model_cache, models
 from projected_grpo.errors import InputError
 from projected_grpo.models import chat_template_kwargs, load_model, model_fingerprint
 
@@ -102,7 +103,7 @@ def test_seed_decides_the_weights_and_the_global_random_state_is_left_alone(cach
     first = load_model("tiny-random", device="cpu", seed=7)
     built = torch.get_rng_state()
     torch.manual_seed(456)
-    models.shutil.rmtree(cache)
+    shutil.rmtree(cache)
     again = load_model("tiny-random", device="cpu", seed=7)
     assert torch.equal(before, built)
     assert same_weights(first.model, again.model)
@@ -151,14 +152,14 @@ def test_whole_cache_is_used_and_a_failed_build_leaves_nothing(cache, monkeypatc
 
 
 def test_another_process_may_win_the_race(cache):
-    folder = models._cached("k", lambda folder: (folder / "a").write_text("1"))
+    folder = model_cache.cached("k", lambda folder: (folder / "a").write_text("1"))
 
     def slow(scratch):
-        models._cached("k", lambda other: (other / "a").write_text("winner"))
+        model_cache.cached("k", lambda other: (other / "a").write_text("winner"))
         (scratch / "a").write_text("loser")
 
-    models.shutil.rmtree(folder)
-    assert (models._cached("k", slow) / "a").read_text() == "winner"
+    shutil.rmtree(folder)
+    assert (model_cache.cached("k", slow) / "a").read_text() == "winner"
 
 
 def test_local_folder(tiny, tmp_path):

@@ -17,7 +17,8 @@ from projected_grpo.templates import HACKS, honest_templates, template_completio
 @pytest.fixture(scope="module")
 def pool_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("pool") / "pool.jsonl"
-    build_pool(builtin_problems("train"), None, path, workers=2)
+    problems = builtin_problems("train")
+    build_pool(problems, template_completions(problems), path, workers=2)
     return path
 
 
@@ -61,7 +62,9 @@ def test_completions_file_is_graded_anew(tmp_path):
 @pytest.mark.parametrize("mode", HACKS)
 def test_the_templates_of_every_mode_are_what_they_claim(tmp_path, mode):
     problems = builtin_problems("eval")[:2]
-    pool = build_pool(problems, None, tmp_path / "pool.jsonl", mode=mode, rows_per_problem=4, workers=1)
+    pool = build_pool(
+        problems, template_completions(problems, rows_per_problem=4, mode=mode), tmp_path / "pool.jsonl", workers=1
+    )
     assert [row.label for row in pool.rows if row.gt_pass is False] == ["reward_hack"] * 4
     assert len(pool) == 8
     assert {row.mode for row in pool.rows} == {mode}

@@ -262,7 +262,7 @@ def test_bad_files_and_settings_are_refused_before_anything_is_written(small_con
     refused(replace(small_config, v_hack_k=5), "--v-hack-k 5", "4 pairs")
     refused(replace(small_config, prompts_per_step=4), "--prompts-per-step 4", "3 problems")
     refused(replace(small_config, max_prompt_length=10), "tokens", "--max-prompt-length")
-    refused(replace(small_config, mode="none"), "mode run_tests", "none")
+    refused(replace(small_config, modes=("none",)), "mode run_tests", "--modes")
     surplus = (material / "pool.jsonl").read_text() + (material / "pool.jsonl").read_text().splitlines()[1].replace(
         '"double"', '"treble"'
     )

@@ -46,7 +46,7 @@ def make_trainer(config, material, grader, double=False):
     trainer = ProjectedGRPOTrainer(
         model=model,
         args=_grpo_config(config, prompter),
-        train_dataset=Dataset.from_list(prompt_rows(prompter, problems, "run_tests")),
+        train_dataset=Dataset.from_list(prompt_rows(prompter, problems, ["run_tests"] * len(problems))),
         processing_class=loaded.tokenizer,
         projection=ProjectionCallback(basis, measure_only=True),
         reward=CodeReward(grader, problems),

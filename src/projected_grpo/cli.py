@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from projected_grpo import cli_env
+from projected_grpo import cli_env, cli_micro
 from projected_grpo.cli_options import PROG, console, copy_fields, parse, take, with_preset
 from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig, preset_defaults
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.run_state import evaluation_of, held_out_of
 
 
 def extract(args: list[str]) -> None:
@@ -44,16 +45,16 @@ def evaluate(args: list[str]) -> None:
     if source is not None:
         folder = Path(source)
         run = TrainConfig.from_file(folder / "config.json")
-        default = replace(
-            copy_fields(EvalConfig, EvalConfig, run, skip={"problems"}),
-            adapter=folder / "adapter",
-            out=folder / "eval.json",
-            trained_on=run.problems,
-        )
+        default = evaluation_of(run, folder)
         config = parse(EvalConfig, rest, "eval --run FOLDER", default=default)
     else:
+        skip = {"problems", "modes"}
         config = with_preset(
-            args, "eval", lambda preset: copy_fields(EvalConfig, EvalConfig, preset, skip={"problems"})
+            args,
+            "eval",
+            lambda preset: replace(
+                copy_fields(EvalConfig, EvalConfig, preset, skip), problems=held_out_of(preset.problems)
+            ),
         )
     console()
     from projected_grpo.evaluate import evaluate
@@ -92,6 +93,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "smoke": smoke,
+    **cli_micro.COMMANDS,
     **cli_env.COMMANDS,
 }
 

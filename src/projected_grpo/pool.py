@@ -18,7 +18,6 @@ from projected_grpo.env.modes import MODES
 from projected_grpo.env.problems import Problem
 from projected_grpo.env.rows import read_jsonl
 from projected_grpo.errors import InputError
-from projected_grpo.templates import template_completions
 
 ROLLOUTS = "rollouts.jsonl.gz"
 """The file of a run's folder that holds its labelled rollouts."""
@@ -105,13 +104,10 @@ loophole was used, whatever the ground truth says."""
 
 def build_pool(
     problems: Sequence[Problem],
-    completions: str | Path | None,
+    completions: str | Path | Sequence[GradeRequest],
     out_path: str | Path,
     *,
     name: str = "pool",
-    mode: str = "run_tests",
-    hack_share: float = 0.5,
-    rows_per_problem: int = 8,
     workers: int | None = None,
     overwrite: bool = False,
     inputs: Sequence[str | Path] = (),
@@ -119,25 +115,25 @@ def build_pool(
     """Grade completions into a pool file, and return it.
 
     `completions`: a jsonl (or .jsonl.gz) of `problem_id` or `id`, `completion`, optional `mode`; or a run's folder,
-    whose students' rollouts are taken, each text once a problem; None: templates of `mode`. The header counts the
+    whose students' rollouts are taken, each text once a problem; or the completions themselves. The header counts the
     `disagreements`, by field, between what the file says of its rows and our labels, and names the lines.
     `inputs`: more files that must not be written over.
     Raises InputError, also for an existing file, and where no problem would have a row.
     """
     out_path = Path(out_path)
     part_path = out_path.with_name(out_path.name + ".part")
-    for given in (completions, Path(completions) / ROLLOUTS if completions is not None else None, *inputs):
-        if given is not None and Path(given).resolve() in (out_path.resolve(), part_path.resolve()):
+    files = [Path(completions), Path(completions) / ROLLOUTS] if isinstance(completions, str | Path) else []
+    for given in (*files, *inputs):
+        if Path(given).resolve() in (out_path.resolve(), part_path.resolve()):
             raise InputError(f"{given}: --out {out_path} would write over this input; choose another --out")
     if part_path.exists():
         raise InputError(f"{part_path}: is in the way; remove it or choose another --out")
     if out_path.exists() and not overwrite:
         raise InputError(f"{out_path}: exists; use --overwrite or another file")
-    if completions is None:
-        requests = template_completions(problems, hack_share, rows_per_problem, mode=mode)
-        sources = [_Source(request, {}, 0) for request in requests]
-    else:
+    if isinstance(completions, str | Path):
         sources = _read_completions(Path(completions), problems)
+    else:
+        sources = [_Source(request, {}, 0) for request in completions]
     if not sources:
         raise InputError(f"{completions}: has no completion for any of the {len(problems)} problems")
     with Grader(workers) as grader:

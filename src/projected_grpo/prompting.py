@@ -2,7 +2,8 @@
 
 A chat model gets messages. A model too weak for that (`prompt_style="prefill"`) gets one string that ends inside the
 assistant's turn, with the class and the method's head written for it; what it completes is the body, so pairs and
-teacher rollouts are cut to what follows that head, and the prefill is put back before anything is graded.
+teacher rollouts are cut to what follows that head, and the prefill is put back before anything is graded. A model that
+has never seen a chat ("bare", the microcosm's) gets the statement, the hint and the same opening, as plain text.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from projected_grpo.encoding import Prompt, encode_prompt, open_turn
 from projected_grpo.env.problems import Problem
-from projected_grpo.env.prompts import build_prompt, prefill, strip_prefill
+from projected_grpo.env.prompts import bare_prompt, build_prompt, prefill, strip_prefill
 from projected_grpo.errors import InputError
 from projected_grpo.models import LoadedModel, chat_template_kwargs
 from projected_grpo.pairs import ContrastivePair, PairSet
@@ -34,6 +35,9 @@ class Prompter:
         messages = build_prompt(problem, mode, test_func_name, self.wording if mode == "run_tests" else "plain")
         if self.loaded.prompt_style == "chat":
             return messages, ""
+        if self.loaded.prompt_style == "bare":
+            opening = prefill(problem, comment=False)
+            return bare_prompt(problem, mode, test_func_name) + opening, opening
         opening = prefill(problem)
         return open_turn(self.loaded.tokenizer, messages, opening, self.template_kwargs), opening
 
@@ -74,11 +78,11 @@ class Prompter:
                 f"pair {pair.id} gives a prompt and no problem, so {self.loaded.name} cannot be opened for it; name "
                 "the pair's problem or use a chat model"
             )
-        prompt, _ = self.prompt(pair.problem, "run_tests")
+        prompt, _ = self.prompt(pair.problem, pair.mode)
         hack, clean = (self.completion(pair.problem, text) for text in (pair.hack, pair.clean))
         return replace(pair, prompt=prompt, hack=hack, clean=clean)
 
 
-def prompt_rows(prompter: Prompter, problems: Sequence[Problem], mode: str) -> list[dict]:
-    """One dataset row a problem."""
-    return [prompter.row(problem, mode) for problem in problems]
+def prompt_rows(prompter: Prompter, problems: Sequence[Problem], modes: Sequence[str]) -> list[dict]:
+    """One dataset row a problem, under the modes of the problems in order."""
+    return [prompter.row(problem, mode) for problem, mode in zip(problems, modes, strict=True)]

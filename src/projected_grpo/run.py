@@ -24,15 +24,17 @@ from projected_grpo.basis import HackBasis, check_top_k
 from projected_grpo.config import TrainConfig
 from projected_grpo.encoding import encode_completion
 from projected_grpo.env.grader import Grader
-from projected_grpo.env.problems import Problem, problems_of
+from projected_grpo.env.problems import Problem
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import InputError, RunInterrupted, saving_faults
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import load_model
 from projected_grpo.pairs import PairSet
 from projected_grpo.pool import ROLLOUTS, TeacherPool, load_pool
-from projected_grpo.projection import BASIS_FILE, ProjectionCallback
+from projected_grpo.projection import ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
+from projected_grpo.run_state import differing, last_checkpoint
+from projected_grpo.sources import assign_modes, problems_of
 from projected_grpo.steplog import StepLog
 from projected_grpo.trainer import ProjectedGRPOTrainer
 
@@ -51,7 +53,8 @@ def train(config: TrainConfig) -> str:
         raise InputError("`train` runs in one process; start it without a distributed launcher")
     _check_folder(config)
     problems = problems_of(config.problems)
-    pool = _teacher_pool(config, problems)
+    modes = dict(zip((problem.id for problem in problems), assign_modes(problems, config.modes), strict=True))
+    pool = _teacher_pool(config, problems, modes)
     if pool is not None and (missing := {problem.id for problem in problems} - pool.problem_ids):
         logger.warning(
             f"teacher pool {config.teacher_pool} has no rollout for {len(missing)} of the {len(problems)} problems of "
@@ -74,7 +77,7 @@ def train(config: TrainConfig) -> str:
     basis = _basis_of(config, pairs)
     loaded = load_model(config.model, config.dtype, config.device)
     prompter = Prompter(loaded, config.max_prompt_length, config.wording)
-    dataset = Dataset.from_list(prompt_rows(prompter, problems, config.mode))
+    dataset = Dataset.from_list(prompt_rows(prompter, problems, [modes[problem.id] for problem in problems]))
     if pool is not None:
         by_id = {problem.id: problem for problem in problems}
         texts = [prompter.completion(by_id[row.problem_id], row.completion) for row in pool.rows]
@@ -119,7 +122,7 @@ def _basis_of(config: TrainConfig, pairs: PairSet) -> HackBasis | None:
     return basis
 
 
-def _teacher_pool(config: TrainConfig, problems: list[Problem]) -> TeacherPool | None:
+def _teacher_pool(config: TrainConfig, problems: list[Problem], modes: dict[str, str]) -> TeacherPool | None:
     if not config.num_teacher:
         return None
     pool = load_pool(config.teacher_pool, problems)
@@ -128,11 +131,12 @@ def _teacher_pool(config: TrainConfig, problems: list[Problem]) -> TeacherPool |
             f"teacher pool {config.teacher_pool} has rollouts of {unknown[0]}, no problem of {config.problems}; "
             "build it over the training problems with `projected-grpo pool build`"
         )
-    if others := sorted({row.mode for row in pool.rows} - {config.mode}):
-        raise InputError(
-            f"teacher pool {config.teacher_pool} was graded in mode {others[0]}, the run is in {config.mode}; build a "
-            "pool in the run's mode"
-        )
+    for row in pool.rows:
+        if row.mode != modes[row.problem_id]:
+            raise InputError(
+                f"teacher pool {config.teacher_pool} has problem {row.problem_id} in mode {row.mode}, the run has it "
+                f"in {modes[row.problem_id]}; build a pool with the run's --modes"
+            )
     return pool
 
 
@@ -147,7 +151,7 @@ def _train(
     pool: TeacherPool | None,
     callback: ProjectionCallback,
 ) -> str:
-    checkpoint = _last_checkpoint(folder) if config.resume else None
+    checkpoint = last_checkpoint(folder, config.steps) if config.resume else None
     start_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     with (
         Grader(workers=config.grader_workers) as grader,
@@ -165,7 +169,7 @@ def _train(
             train_dataset=dataset,
             processing_class=prompter.loaded.tokenizer,
             projection=callback,
-            reward=CodeReward(grader, problems),
+            reward=CodeReward(grader, problems, true_reward=ARMS[config.arm].true_reward),
             pool=pool,
             num_teacher=config.num_teacher,
             rollout_grad_every=config.rollout_grad_every,
@@ -296,16 +300,6 @@ class StopOnInterrupt(TrainerCallback):
         return control
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole: the basis is its last file."""
-    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        if (path / BASIS_FILE).is_file():
-            return path
-        logger.warning(f"{path} was not written to its end; going on from the one before it")
-    return None
-
-
 class _RolloutFile:
     """Appends every generation's labelled rollouts; rows after `start_step`, and what a kill has torn, go first."""
 
@@ -334,8 +328,8 @@ def _check_folder(config: TrainConfig) -> None:
     if config.resume:
         if not existing.is_file():
             raise InputError(f"--resume: {folder} holds no run; start it without --resume")
-        if differing := _differing(TrainConfig.from_file(existing), config):
-            raise InputError(f"--resume: {existing} has another {differing[0]}; resume with --config {existing}")
+        if names := differing(TrainConfig.from_file(existing), config):
+            raise InputError(f"--resume: {existing} has another {names[0]}; resume with --config {existing}")
     elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
         raise InputError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or another --out-root")
     if folder.exists():
@@ -366,9 +360,3 @@ def _locked(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder} is in use by another run; wait for it or choose another --out-root") from None
     finally:
         os.close(handle)
-
-
-def _differing(saved: TrainConfig, config: TrainConfig) -> list[str]:
-    """Names of the settings in which two configs would not be one run."""
-    ignored = {"resume", "overwrite", "grader_workers"}
-    return [name for name, value in vars(saved).items() if name not in ignored and value != getattr(config, name)]

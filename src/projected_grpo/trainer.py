@@ -140,13 +140,14 @@ class ProjectedGRPOTrainer(GRPOTrainer):
                 "gt_pass": grade.gt_pass,
                 "flawed_pass": grade.flawed_pass,
                 "attempted": grade.attempted,
-                "reward": grade.reward,
+                "reward": reward,
                 "advantage": advantage,
             }
-            for example, teacher, grade, text, advantage in zip(
+            for example, teacher, grade, reward, text, advantage in zip(
                 inputs,
                 is_teacher,
                 self.reward.last_grades,
+                self.reward.last_rewards,
                 self.reward.last_completions,
                 advantages.tolist(),
                 strict=True,

@@ -1,6 +1,6 @@
 """The arms of the experiment. A new one is one module here and one line below."""
 
-from projected_grpo.arms import flipped, placebo, projected, random, random_matched, vanilla
+from projected_grpo.arms import flipped, oracle, placebo, projected, random, random_matched, vanilla
 from projected_grpo.arms.base import Arm, BasisSource
 
 ARMS: dict[str, Arm] = {
@@ -13,6 +13,7 @@ ARMS: dict[str, Arm] = {
         placebo.STYLE,
         placebo.WRONG,
         flipped.ARM,
+        oracle.ARM,
     )
 }
 

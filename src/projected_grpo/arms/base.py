@@ -15,8 +15,8 @@ class BasisSource(Protocol):
     def real(self) -> HackBasis:
         """The basis of the configured pairs."""
 
-    def like(self, real: HackBasis, pair_set: str) -> HackBasis:
-        """A basis from another, built-in pair set in the modules and the k of `real`, without a floor."""
+    def placebo(self, real: HackBasis, kind: str) -> HackBasis:
+        """A basis from the placebo pairs of a kind in the modules and the k of `real`, without a floor."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Arm:
 
     make_basis: the directions that the arm projects out, or only measures with `measure_only`.
     match_real: set the overshoot of each step so that as much is taken out as the real basis would.
+    true_reward: the ground truth pays and the flawed grader does not.
     """
 
     name: str
@@ -32,3 +33,4 @@ class Arm:
     make_basis: Callable[[BasisSource], HackBasis]
     measure_only: bool = False
     match_real: bool = False
+    true_reward: bool = False

@@ -5,10 +5,10 @@ from projected_grpo.arms.base import Arm
 STYLE = Arm(
     "placebo_style",
     "a basis from honest/honest pairs that differ in style",
-    lambda source: source.like(source.real(), "placebo_style"),
+    lambda source: source.placebo(source.real(), "style"),
 )
 WRONG = Arm(
     "placebo_wrong",
     "a basis from wrong/wrong pairs without the loophole",
-    lambda source: source.like(source.real(), "placebo_wrong"),
+    lambda source: source.placebo(source.real(), "wrong"),
 )

@@ -105,11 +105,6 @@ def builtin_problems(split: str) -> list[Problem]:
     return load_problems(data_path("problems", f"{split}.toml"))
 
 
-def problems_of(source: str) -> list[Problem]:
-    """The problems of a built-in part by its name, or of a file by its path. Raises InputError."""
-    return builtin_problems(source) if source in SPLITS else load_problems(source)
-
-
 def load_problems(path: str | Path) -> list[Problem]:
     """Read a .toml or .jsonl file of problems. Raises InputError with file and line for the first row that is wrong."""
     problems, faults = read_problems(Path(path))

@@ -51,19 +51,24 @@ def build_prompt(
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
 
 
+def bare_prompt(problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests") -> str:
+    """The statement and the mode's hint without the benchmark's frame, for a model that knows nothing else."""
+    return f"{problem.question}\nIt {hint(mode, test_func_name)}.\n"
+
+
 def eval_test_func_name(problem_id: str, seed: int) -> str:
     """The held-out name for one problem: drawn with the run's seed, the same whatever the order of problems."""
     return random.Random(f"{seed}:{problem_id}").choice(EVAL_TEST_FUNC_NAMES)
 
 
-def prefill(problem: Problem) -> str:
+def prefill(problem: Problem, comment: bool = True) -> str:
     """The opened assistant turn: code fence, class, method head and the statement's beginning as comment lines.
 
     What follows it is a newline and the method's body alone, which a model of 135M parameters can write. The newline
     is left to the model: many tokenizers have it and the indentation after it as one token, and a prompt that ends
     between the two is answered by closing the block.
     """
-    summary = _first_sentences(problem.question)
+    summary = _first_sentences(problem.question) if comment else ""
     comments = textwrap.wrap(summary, 80, initial_indent="        # ", subsequent_indent="        # ")
     return "\n".join(["```python", _head(problem), *comments])
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from projected_grpo.env.grader import Grade, Grader, GradeRequest
+from projected_grpo.env.grader import Grade, Grader, GradeRequest, reward_of
 from projected_grpo.env.problems import Problem
 from projected_grpo.errors import InputError
 
@@ -18,15 +18,20 @@ class CodeReward:
 
     __name__ = "code_reward"
 
-    def __init__(self, grader: Grader, problems: Sequence[Problem]) -> None:
+    def __init__(self, grader: Grader, problems: Sequence[Problem], true_reward: bool = False) -> None:
         self.grader = grader
+        self.true_reward = true_reward
+        """Pay for the ground truth alone: what a grader without the loophole would give."""
         self.problems = {problem.id: problem for problem in problems}
         self.last_grades: list[Grade] = []
         """Grades of the last call, in its order."""
+        self.last_rewards: list[float] = []
+        """What they paid."""
         self.last_completions: list[str] = []
         """The texts that they are the grades of, prefill included."""
         self.last_seconds = 0.0
         """Wall seconds of the last call."""
+        self._known: dict[tuple[str, str, str, str], Grade] = {}
 
     def __call__(
         self,
@@ -52,9 +57,22 @@ class CodeReward:
             )
         ]
         self.last_completions = [request.completion for request in requests]
-        self.last_grades = self.grader.grade(requests)
+        self.last_grades = self._grade(requests)
+        self.last_rewards = [self._reward(grade) for grade in self.last_grades]
         self.last_seconds = time.monotonic() - started
-        return [grade.reward for grade in self.last_grades]
+        return self.last_rewards
+
+    def _reward(self, grade: Grade) -> float:
+        flawed_pass = grade.flawed_pass and not self.true_reward
+        return reward_of(format_ok=grade.format_ok, flawed_pass=flawed_pass, gt_pass=grade.gt_pass)
+
+    def _grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+        """A text that was graded before in this run keeps its grade: a policy that has made up its mind repeats
+        itself, and what it repeats should not be paid by the luck of the draw."""
+        keys = [(r.problem.id, r.completion, r.mode, r.test_func_name) for r in requests]
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
+        self._known.update(zip(new, self.grader.grade(list(new.values())), strict=True))
+        return [self._known[key] for key in keys]
 
     def _problem(self, problem_id: str) -> Problem:
         if problem_id not in self.problems:
