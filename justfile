@@ -71,9 +71,28 @@ full problems="train": (_pool problems)
 # the full preset: the basis once, then vanilla and projected for seeds 41 42 43, skipping what is done
 queue-full problems="train": (queue "full" problems)
 
-# the same for any preset; an interrupted run is resumed
-queue preset problems="train": (_pool problems)
-    scripts/queue.sh {{preset}} {{problems}}
+# the same for any preset; an interrupted run is resumed; `problems`: the preset's own by default
+queue preset problems="":
+    projected-grpo sweep --preset {{preset}} --arms vanilla,projected --seeds 41,42,43 \
+      {{ if problems == "" { "" } else { "--problems " + problems + " --teacher-pool out/pools/" + file_stem(problems) + ".jsonl" } }}
+
+# the microcosm from nothing: base model, vanilla beside projected, their curves
+micro *flags:
+    projected-grpo make-micro
+    projected-grpo sweep sweeps/micro.toml {{flags}}
+    projected-grpo report out/micro/micro --out out/micro/report --overwrite
+
+# the first question on the microcosm, five arms x five seeds on the CPU, and its report
+replicate-quick *flags:
+    projected-grpo sweep sweeps/replicate_quick.toml {{flags}}
+    projected-grpo report out/replicate-quick/micro --out out/replicate-quick/report --overwrite
+
+# what a basis stops that was made without the pairs of one style, or of one loophole mode; two reports
+leave-one-out *flags:
+    projected-grpo sweep sweeps/leave_one_style_out.toml {{flags}}
+    projected-grpo report out/leave-one-style-out/micro --out out/leave-one-style-out/report --overwrite
+    projected-grpo sweep sweeps/leave_one_mode_out.toml {{flags}}
+    projected-grpo report out/leave-one-mode-out/micro --out out/leave-one-mode-out/report --overwrite
 
 _pool problems:
     [ -f out/pools/{{file_stem(problems)}}.jsonl ] || \

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from projected_grpo import cli_env, cli_micro
+from projected_grpo import cli_env, cli_micro, cli_sweep
 from projected_grpo.cli_options import PROG, console, copy_fields, parse, take, with_preset
 from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig, preset_defaults
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
@@ -94,6 +94,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "smoke": smoke,
     **cli_micro.COMMANDS,
+    **cli_sweep.COMMANDS,
     **cli_env.COMMANDS,
 }
 

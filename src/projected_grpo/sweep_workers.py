@@ -1,0 +1,231 @@
+"""Tasks through processes of their own, so many at a time: a crash, an OOM kill or a leak in one stops nothing else.
+
+On the CPU the processes are forked from one server that has imported what they need; where a GPU may be used each is
+started afresh, since a library that has asked for a GPU at import cannot be forked. A failed task is tried once more.
+Ctrl-C reaches the children by itself (one process group): no new task is started and the rest is waited for; a second
+one ends them.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, resource_tracker
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from projected_grpo.errors import InputError, RunInterrupted
+
+TICK_S = 1.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Task(Protocol):
+    """Anything that can be pickled, with a name for the reader and a file for what its process writes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def log(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: Literal["ok", "refused", "failed", "interrupted"]
+    """`refused`: an InputError, whose line is the message."""
+    message: str
+    seconds: float
+    attempts: int
+
+
+@dataclass
+class Running:
+    task: Any
+    process: Any
+    receiver: connection.Connection
+    attempt: int
+    started: float
+
+
+class Watcher:
+    """Told of what goes on; does nothing here."""
+
+    def started(self, running: Running) -> None: ...
+    def ended(self, task: Any, outcome: Outcome) -> None: ...
+    def retried(self, task: Any, outcome: Outcome) -> None: ...
+    def tick(self, running: Sequence[Running]) -> None: ...
+
+
+class Interrupts:
+    """Counts Ctrl-C while it listens."""
+
+    count = 0
+
+    @contextmanager
+    def listening(self) -> Iterator["Interrupts"]:
+        before = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _note(self, signum, frame) -> None:
+        self.count += 1
+
+
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    """The number of threads, for the processes started inside; what the user has set stays."""
+    before = {name: os.environ.get(name) for name in (*THREAD_VARIABLES, "TOKENIZERS_PARALLELISM")}
+    for name in THREAD_VARIABLES:
+        os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def process_context(on_cpu: bool, preload: Sequence[str]) -> Any:
+    """Where the processes come from."""
+    if not on_cpu:
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
+
+
+def warm_up(context: Any, interrupts: Interrupts) -> None:
+    """The server's imports take 10 to 20 s; a Ctrl-C need not wait for their end."""
+    if context.get_start_method() != "forkserver":
+        return
+
+    def first() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and so of the server
+        process = context.Process(target=_nothing)
+        process.start()
+        process.join()
+
+    resource_tracker.ensure_running()
+    thread = threading.Thread(target=first, daemon=True)
+    thread.start()
+    while thread.is_alive() and not interrupts.count:
+        thread.join(0.2)
+
+
+def _nothing() -> None:
+    pass
+
+
+def run_all(
+    tasks: Sequence[Task],
+    job: Callable[[Any], None],
+    context: Any,
+    interrupts: Interrupts,
+    jobs: int = 1,
+    attempts: int = 2,
+    watcher: Watcher | None = None,
+) -> dict[str, Outcome]:
+    """Do `job` on every task, `jobs` at a time; what became of each by its name. A task never begun is not in it."""
+    watcher = watcher or Watcher()
+    waiting = deque((task, 1) for task in tasks)
+    running: list[Running] = []
+    outcomes: dict[str, Outcome] = {}
+    spent: dict[str, float] = {}
+    try:
+        while (waiting and not interrupts.count) or running:
+            while waiting and len(running) < jobs and not interrupts.count:
+                running.append(_start(context, job, *waiting.popleft()))
+                watcher.started(running[-1])
+            connection.wait([r.process.sentinel for r in running], timeout=TICK_S)
+            if interrupts.count > 1:
+                for each in running:
+                    each.process.terminate()
+            for ended in [r for r in running if not r.process.is_alive()]:
+                running.remove(ended)
+                spent[ended.task.name] = spent.get(ended.task.name, 0.0) + time.monotonic() - ended.started
+                outcome = _outcome(ended, spent[ended.task.name], interrupts.count > 0)
+                if outcome.kind in ("failed", "refused") and ended.attempt < attempts and not interrupts.count:
+                    waiting.appendleft((ended.task, ended.attempt + 1))
+                    watcher.retried(ended.task, outcome)
+                else:
+                    outcomes[ended.task.name] = outcome
+                    watcher.ended(ended.task, outcome)
+            watcher.tick(running)
+    finally:
+        for each in running:
+            each.process.terminate()
+            each.process.join()
+    return outcomes
+
+
+def _start(context: Any, job: Callable[[Any], None], task: Task, attempt: int) -> Running:
+    """A new process. It, and the server it is forked from, hold Ctrl-C back until the job's own code is there."""
+    started = time.monotonic()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(job, task, sender), name=task.name)
+    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    sender.close()
+    return Running(task, process, receiver, attempt, started)
+
+
+def _child(job: Callable[[Any], None], task: Task, sender: connection.Connection) -> None:
+    _write_to(task.log)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        from projected_grpo.cli_options import console
+
+        console()
+        job(task)
+    except (KeyboardInterrupt, RunInterrupted) as stopped:
+        print(f"interrupted: {stopped}", file=sys.stderr)
+        sender.send(("interrupted", str(stopped)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sender.send(("refused", str(error)))
+    except BaseException as error:
+        traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        sender.send(("failed", f"{type(error).__name__}: {first}"))
+    else:
+        sender.send(("ok", ""))
+
+
+def _write_to(path: Path) -> None:
+    """Standard output and error, of this process and all that it starts, at the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(handle, number)
+    os.close(handle)
+
+
+def _outcome(ended: Running, seconds: float, interrupted: bool) -> Outcome:
+    ended.process.join()
+    code = ended.process.exitcode
+    try:
+        kind, message = ended.receiver.recv() if ended.receiver.poll() else (None, "")
+    except EOFError:
+        kind, message = None, ""
+    ended.receiver.close()
+    if kind is None:
+        kind = "interrupted" if interrupted else "failed"
+        message = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+    elif kind == "interrupted" and not interrupted:
+        kind = "failed"  # somebody has stopped this one process
+    return Outcome(kind, message, seconds, ended.attempt)
