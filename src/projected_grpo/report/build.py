@@ -1,0 +1,138 @@
+"""The `report` command: run folders to report.html, report.md, report.json and plots/."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from projected_grpo.errors import InputError
+from projected_grpo.report import plots, verdict
+from projected_grpo.report.compare import Arm, Paired, Study, compare_all, make_study
+from projected_grpo.report.kinds import kind_tables
+from projected_grpo.report.observe import Measure, observe
+from projected_grpo.report.page import Contents, html, markdown
+from projected_grpo.report.provenance import code_version, departures_table, run_table, settings_table
+from projected_grpo.report.runs import find_runs
+from projected_grpo.report.tables import (
+    control_table,
+    difference_tables,
+    main_table,
+    power_table,
+    rate_tables,
+    rates_of,
+)
+
+FILES = ("report.html", "report.md", "report.json")
+
+
+def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str) -> str:
+    """Read the runs, write the report into the folder `out`, and return the verdict and the main table as text.
+
+    Raises:
+        InputError: no runs, runs that are not of one kind, a damaged file, or an `out` that holds a report already.
+    """
+    _check_out(out, overwrite)
+    runs = find_runs(roots)
+    observed = {str(run.folder): observe(run) for run in runs if run.left_out is None}
+    study = make_study(runs, observed)
+    comparisons: dict[tuple[str, Measure], Paired] = {}
+    if study.vanilla is not None:
+        comparisons = compare_all(study.others, study.vanilla, study.measures())
+    against = _compare_controls(study)
+    verdicts = verdict.judge(study, comparisons)
+    controls = verdict.judge_controls(study, against)
+    power, power_numbers = power_table(study, comparisons)
+    kinds, kind_differences = kind_tables(study)
+    main = main_table(study, comparisons, verdicts)
+    drawn = plots.draw_all(study, comparisons)
+    provenance = [("command", command), ("code", code_version()), *(("runs", str(root.resolve())) for root in roots)]
+    contents = Contents(
+        title=f"Report: {runs[0].config['preset']}, {len(runs)} runs of {len(study.arms)} arms",
+        headlines=verdict.headlines(study),
+        verdicts=[(one.outcome, one.sentence()) for one in verdicts],
+        controls=[one.sentence() for one in controls],
+        main=main,
+        plots=drawn,
+        sections=[
+            ("Rates", rate_tables(study)),
+            ("Differences", [*difference_tables(study, comparisons), control_table(study, controls), power]),
+            *([("Kinds of hacks", kinds)] if kinds else []),
+            ("Runs and settings", [run_table(study), settings_table(study), departures_table(study)]),
+        ],
+        provenance=provenance,
+    )
+    numbers = {
+        "verdicts": [asdict(one) for one in verdicts],
+        "controls": [
+            {"control": c.control, "real": c.real, "overrun": c.overrun, "reasons": c.reasons, **_paired(c.paired)}
+            for c in controls
+        ],
+        "headlines": contents.headlines,
+        "rates": rates_of(study),
+        "differences": [_paired(paired) for paired in comparisons.values()],
+        "kind_differences": [_paired(paired) for paired in kind_differences],
+        "power": power_numbers,
+        "runs": [_run(run) for run in runs],
+        "tables": {table.key: asdict(table) for _, tables in contents.sections for table in tables}
+        | {"main": asdict(main)},
+        "plots": {plot.key: plot.why_not or f"plots/{plot.key}.svg" for plot in drawn},
+        "provenance": provenance,
+    }
+    _write(out, contents, numbers, drawn)
+    sentences = [*contents.headlines, *(s for _, s in contents.verdicts), *contents.controls]
+    return "\n".join([*sentences, "", main.markdown(), *main.notes])
+
+
+def _compare_controls(study: Study) -> dict[tuple[str, str], Paired]:
+    """Control minus real basis in hack rate; Holm over the controls of one real basis."""
+    by_real: dict[str, list[Arm]] = {}
+    for control, real in verdict.control_pairs(study):
+        by_real.setdefault(real.name, []).append(control)
+    measure = study.main("hack")
+    return {
+        (name, real): paired
+        for real, controls in by_real.items()
+        for (name, _), paired in compare_all(controls, study.arms[real], [measure]).items()
+    }
+
+
+def _paired(paired: Paired) -> dict[str, Any]:
+    extra = {"mean": paired.mean, "sd": paired.sd, "standard_error": paired.standard_error, "interval": paired.interval}
+    return asdict(paired) | {"measure": paired.measure._asdict()} | extra
+
+
+def _run(run) -> dict[str, Any]:
+    return {
+        "arm": run.name,
+        "kind": run.kind,
+        "seed": run.seed,
+        "folder": str(run.folder),
+        "reached": run.reached,
+        "steps": run.steps,
+        "left_out": run.left_out,
+        "remarks": run.remarks,
+        "config": run.config,
+        "basis": run.basis_info,
+    }
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is no folder; name a folder")
+    if not overwrite and any((out / name).exists() for name in FILES):
+        raise InputError(f"--out {out} holds a report; choose another folder or add --overwrite")
+
+
+def _write(out: Path, contents: Contents, numbers: dict, drawn: Sequence[plots.Plot]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for plot in drawn:  # one that is not drawn now may lie there from the report that is replaced
+            for suffix in ("png", "svg"):
+                (out / "plots" / f"{plot.key}.{suffix}").unlink(missing_ok=True)
+        plots.save(drawn, out / "plots")
+        texts = (html(contents), markdown(contents), json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+        for name, text in zip(FILES, texts, strict=True):
+            (out / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from error

@@ -1,0 +1,103 @@
+"""Hacks by style and by mode, with what an arm's pairs left out: does the method hold against what it never saw?
+
+A style's rate is hacks of that style over all completions, so that the styles of an arm add up to its hack rate. Only
+runs that restrict their pairs (`pairs_without` and the like) are compared with vanilla style by style; elsewhere those
+would be many questions that nobody asked.
+"""
+
+from collections.abc import Sequence
+
+from projected_grpo.hack_styles import AXIS_STYLES, STYLES, place_in_pairs
+from projected_grpo.report.compare import Arm, Paired, Study, compare_all, summarise
+from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure
+from projected_grpo.report.settings import runs_of
+from projected_grpo.report.table import NONE, Table, points, points_range
+from projected_grpo.report.tables import ONE_SEED, empty_reasons, rate_cells
+
+SOURCES = (HELD_OUT, LAST_STEPS)
+
+
+def kind_tables(study: Study) -> tuple[list[Table], list[Paired]]:
+    """One table a source, and only where there is more than one style or mode; and the differences in them."""
+    observed = [run for arm in study.arms.values() for run in arm.runs.values()]
+    completions = {c for run in observed for part in run.completions.values() for c in part}
+    seen = {completion.style for completion in completions} - {None}
+    styles = [style for style in STYLES if style in seen] + sorted(seen - set(STYLES))
+    modes = sorted({completion.mode for completion in completions} - {"none"})
+    tables, differences = [], []
+    for key, names in (("style", styles), ("mode", modes)):
+        for source in SOURCES if len(names) > 1 else ():
+            if any(source in run.completions for run in observed):
+                table, found = _table(study, key, names, source)
+                tables.append(table)
+                differences += found
+    return tables, differences
+
+
+def measure_of(key: str, source: str, name: str) -> Measure:
+    return Measure(source, ALL, f"style {name}") if key == "style" else Measure(source, name, "hack")
+
+
+def place_of(arm: Arm, key: str, name: str) -> str:
+    """Whether the arm's own pairs showed that style or mode; `-` where the configs do not tell."""
+    runs = runs_of(arm)
+    if not runs or arm.kind not in ("projected", "flipped"):
+        return NONE
+    config = runs[0].config
+    without, axes, modes = config["pairs_without"], config["pair_axes"], config["pair_modes"]
+    if key == "mode" or name not in STYLES:
+        listed = NONE if modes is None else "in the pairs" if name in modes else "left out"
+        return "left out" if name in without else listed
+    if "run_tests" in without or (modes is not None and "run_tests" not in modes):
+        return "left out"
+    if axes is None and config.get("pairs", "hacks") != "hacks":
+        return "left out" if name in without else NONE
+    return place_in_pairs(name, [axis for axis in axes or AXIS_STYLES if axis not in without])
+
+
+def _table(study: Study, key: str, names: Sequence[str], source: str) -> tuple[Table, list[Paired]]:
+    rows, differences, missing = [], [], []
+    for arm in study.arms.values():
+        if not arm.runs:
+            continue
+        places = {name: place_of(arm, key, name) for name in names}
+        pairs = {}
+        if study.vanilla is not None and _leaves_out(arm):
+            absent = [name for name, place in places.items() if place.startswith(("left out", "in no axis"))]
+            pairs = compare_all([arm], study.vanilla, [measure_of(key, source, name) for name in absent])
+            differences += [paired for paired in pairs.values() if paired.n]
+            missing += [f"{arm.name}: left out: {', '.join(p.missing)}." for p in pairs.values() if p.missing]
+        for name in names:
+            measure = measure_of(key, source, name)
+            summary = rate_cells(summarise(arm, measure))
+            rows.append([arm.name, name, places[name], *summary, *_difference(pairs.get((arm.name, measure)))])
+        missing += empty_reasons(study, [arm], [measure_of(key, source, name) for name in names])
+    head = ["arm", key, f"{key} in the arm's pairs", "hacks %", "95 % interval", "n", "minus vanilla", "95 % interval"]
+    what = (
+        "all completions" + " under a loophole" * (source == HELD_OUT) if key == "style" else "completions of the mode"
+    )
+    notes = [f"Hacks of that {key} over {what}. Mean over n seeds and its t interval."]
+    if any(_leaves_out(arm) for arm in study.arms.values()):
+        notes.append(
+            "Minus vanilla, in points on the same seeds (the wider of bootstrap and t, not adjusted for their number): "
+            "only for arms whose pairs were restricted, and only for what their pairs do not show."
+        )
+    else:
+        head, rows = head[:-2], [row[:-2] for row in rows]
+    if key == "style":
+        notes.append("How a style is told, and which axes of pairs show it: docs/report.md.")
+    title = f"Hacks by {key}: {source}"
+    return Table(
+        f"by-{key}-{source.replace(' ', '-')}", title, head, rows, [*notes, *dict.fromkeys(missing)], left=3
+    ), (differences)
+
+
+def _leaves_out(arm: Arm) -> bool:
+    names = ("pairs_without", "pair_axes", "pair_modes")
+    return any(run.config[name] not in (None, []) for run in runs_of(arm) for name in names)
+
+
+def _difference(paired: Paired | None) -> list[str]:
+    if paired is None or not paired.n:
+        return [NONE, NONE]
+    return [f"{points(paired.mean)} (n={paired.n})", ONE_SEED if paired.n == 1 else points_range(paired.interval)]
