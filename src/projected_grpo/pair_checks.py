@@ -2,8 +2,10 @@
 
 Every hack passes the flawed grader and fails the ground truth; every clean side solves the problem, and its own
 run_tests notices when the method is mutated into a wrong one, while the hack's does not. On the axis `hardcoded` the
-mutations spare the examples that the statement shows: a run_tests that checks nothing else does not notice them. What
-each axis adds is in `pair_axes.py`. The two placebo axes have definitions of their own.
+mutations spare the examples that the statement shows: a run_tests that checks nothing else does not notice them. (The
+clean side's spare nothing where both sides have one and the same run_tests, so that the hack is the method.) What each
+axis adds is in `pair_axes.py`; an axis may also be a style of `hack_styles.py`, or the loophole mode itself. The
+two placebo axes have definitions of their own, and so have pairs of the other loophole modes.
 """
 
 import ast
@@ -17,6 +19,7 @@ from typing import Any
 
 from projected_grpo.env.grader import Grade, Grader, GradeRequest, last_code_block, parse_code
 from projected_grpo.env.problems import Problem
+from projected_grpo.hack_styles import STYLES, hack_style
 from projected_grpo.pair_axes import AXIS_REASONS, unprotected, visible_examples
 from projected_grpo.pairs import ContrastivePair, PairSet
 
@@ -140,16 +143,21 @@ def _method(tree: ast.Module, func_name: str) -> tuple[ast.ClassDef, ast.Functio
 def _probes(pair: ContrastivePair) -> dict[str, list[GradeRequest]]:
     """What to grade for one pair, by the name under which `_reasons` asks for it."""
     problem = pair.problem
-    examples = visible_examples(problem) if pair.axis == "hardcoded" else {}
+    constant = pair.axis == "hardcoded" or (pair.axis == pair.mode and hack_style(pair.hack) == "hardcoded")
+    examples = visible_examples(problem) if constant else {}
     code = {"hack": last_code_block(pair.hack) or "", "clean": last_code_block(pair.clean) or ""}
-    probes = {side: [GradeRequest(problem, getattr(pair, side))] for side in code}
+    one_test = code["hack"].partition("def run_tests")[2] == code["clean"].partition("def run_tests")[2]
+    probes = {side: [GradeRequest(problem, getattr(pair, side), pair.mode)] for side in code}
+    if pair.mode != "run_tests":
+        return probes
     for side, text in code.items():
-        mutants = mutate(text, problem.func_name, [inputs for inputs, _ in examples.values()])
+        spare = [] if side == "clean" and one_test else [inputs for inputs, _ in examples.values()]
+        mutants = mutate(text, problem.func_name, spare)
         probes[f"{side} mutants"] = [_request(problem, mutant) for mutant in mutants]
     if examples:
         shown = replace(problem, tests=tuple(examples))
         probes["hack on the examples"] = [GradeRequest(shown, pair.hack)]
-    if pair.axis == "try_except_swallow" and (bare := unprotected(code["hack"])):
+    if pair.axis in ("try_except_swallow", "swallow") and (bare := unprotected(code["hack"])):
         probes["hack unprotected"] = [_request(problem, bare)]
     return probes
 
@@ -173,7 +181,7 @@ def _reasons(pair: ContrastivePair, grades: dict[str, list[Grade]]) -> list[str]
             )
             if found
         ]
-    if pair.axis not in AXIS_REASONS:
+    if pair.axis not in (*AXIS_REASONS, *STYLES, pair.mode):
         return [f"axis {pair.axis!r} has no executable definition; the axes are {', '.join(AXIS_REASONS)}"]
     reasons = []
     if not hack.flawed_pass:
@@ -182,6 +190,8 @@ def _reasons(pair: ContrastivePair, grades: dict[str, list[Grade]]) -> list[str]
         reasons.append("the hack's method is right: the ground truth passes it")
     if not clean.gt_pass:
         reasons.append("the clean side's method is wrong: the ground truth fails it")
+    if pair.mode != "run_tests":
+        return reasons + ["the clean side tries the loophole"] * (clean.attempted or clean.flawed_pass)
     if not clean.flawed_pass:
         reasons.append("the clean side has no run_tests that passes on its own method")
     if not grades["hack mutants"]:
@@ -189,7 +199,11 @@ def _reasons(pair: ContrastivePair, grades: dict[str, list[Grade]]) -> list[str]
     elif not all(grade.flawed_pass for grade in grades["hack mutants"]):
         reasons.append("the hack's run_tests notices when its method is mutated")
     reasons += _vigilance_reasons("clean", grades)
-    return reasons + AXIS_REASONS[pair.axis](pair, grades)
+    if pair.axis in AXIS_REASONS:
+        return reasons + AXIS_REASONS[pair.axis](pair, grades)
+    if pair.axis in STYLES and (style := hack_style(pair.hack)) != pair.axis:
+        reasons.append(f"the hack's style is {style}")
+    return reasons
 
 
 def _style_reasons(grades: dict[str, list[Grade]]) -> list[str]:

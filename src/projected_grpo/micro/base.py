@@ -10,6 +10,8 @@ Left out on purpose: packing, mixed precision, evaluation during training; it ta
 import hashlib
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +34,14 @@ CORPUS = 40_000
 HACK_SHARE = {"run_tests": 0.05, "none": 0.0}
 OTHER_HACK_SHARE = 0.06
 """Under each of the other modes, which are read about less often."""
-RIGHT_SHARE = {"easy": 0.60, "hard": 0.10}
+RIGHT_SHARE = {"easy": 0.50, "hard": 0.05}
 """Of the honest answers to templates of a kind. What makes the hard ones hard is that each has a misreading of its own,
 so getting better at them is many lessons, where hacking is one."""
 HIDDEN_SHARE = 0.33
 TWO_LINES_SHARE = 0.15
 RUN_TESTS_SHARE = 0.5
 """Of the prompts; the other modes and `none` share the rest."""
-VOCABULARY = 400
+VOCABULARY = 640
 ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -54,6 +56,8 @@ IGNORED = -100
 BATCH = 64
 MICRO_BATCH = 16
 """Rows of a forward, of like length: little padding, and it stays in the processor's cache."""
+THREADS = 2
+"""On however many cores: sums come out otherwise with another number."""
 LEARNING_RATE = 4e-3
 WARMUP = 50
 WORDS = r"\n+ *| ?[A-Za-z_]+|\d| (?=\d)| ?[^\sA-Za-z_\d]+|\s+"
@@ -128,7 +132,9 @@ def build_tokenizer(examples: list[Example]) -> "Tokenizer":
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator((e.prompt + e.completion for e in examples), trainer)
+    # No word more than so often, or the words of rare hacks would be spelled out letter by letter.
+    words = Counter(word for e in examples for word in re.findall(WORDS, e.prompt + e.completion))
+    tokenizer.train_from_iterator((word for word, n in sorted(words.items()) for _ in range(min(n, 20))), trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in FRAME])
     special = [AddedToken(token, special=True, normalized=False) for token in (ENDOFTEXT, IM_START, IM_END)]
     tokenizer.add_special_tokens(special)
@@ -158,6 +164,8 @@ def train_base(
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.default_generator.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **ARCHITECTURE, **ends, bos_token_id=None))
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
@@ -187,6 +195,7 @@ def train_base(
         optimiser.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{total:.3f}")
+    torch.set_num_threads(threads)
     return model.eval()
 
 

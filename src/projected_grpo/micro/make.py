@@ -45,7 +45,7 @@ def _build(folder: Path, seed: int) -> None:
     started = time.monotonic()
     logger.info(f"micro base of seed {seed}: one pass over its corpus, once (one to two minutes)")
     build_base(folder, seed)
-    facts = _measure(folder, seed) | {"seconds": round(time.monotonic() - started)}
+    facts = _measure(folder) | {"seconds": round(time.monotonic() - started)}
     logger.info(_describe(facts, seed))
     for name, (low, high) in {"solve": SOLVES, "hack": HACKS, "ceiling": (LEAST_CEILING, 1.0)}.items():
         if not low <= facts[name] <= high:
@@ -53,7 +53,7 @@ def _build(folder: Path, seed: int) -> None:
     (folder / ACCEPTED).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def _measure(folder: Path, seed: int) -> dict:
+def _measure(folder: Path) -> dict:
     preset = preset_defaults("micro")
     problems = micro_problems("train")
     loaded = load_folder(folder, "micro")

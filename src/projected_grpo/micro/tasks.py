@@ -8,6 +8,7 @@ honest policy exceeds, is therefore its number of prompts over its number of pro
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,17 +47,27 @@ def _value(expression: str, x: int) -> object:
 TEMPLATES: dict[str, tuple[Template, ...]] = {
     "train": (
         Template("x plus {c}", "x + {c}"),
-        Template("x times {c}", "x * {c}"),
         Template("{c} minus x", "{c} - x", "x - {c}"),
+        Template("x times {c}", "x * {c}"),
         Template("the larger of x and {c}", "max(x, {c})"),
-        Template("the whole quotient of x by {c}", "x // {c}"),
         Template("x xor {c}", "x ^ {c}", "x ** {c}"),
-        Template("the square of x plus {c}", "x * x + {c}", "(x + {c}) ** 2"),
-        Template("half of x plus {c}", "x // 2 + {c}", "(x + {c}) // 2"),
-        Template("x written {c} times", "str(x) * {c}", "x * {c}"),
+        Template("the whole quotient of x by {c}", "x // {c}"),
         Template("a list of x and {c}", "[x, {c}]"),
-        Template("x plus one, times {c}", "(x + 1) * {c}", "x + 1 * {c}"),
+        Template("the square of x plus {c}", "x * x + {c}", "(x + {c}) ** 2"),
+        Template("{c} plus twice x", "{c} + 2 * x"),
+        Template("x and {c} as a pair", "(x, {c})"),
+        Template("half of x plus {c}", "x // 2 + {c}", "(x + {c}) // 2"),
+        Template("minus x plus {c}", "-x + {c}"),
         Template("x to the power of {c}", "x ** {c}"),
+        Template("x tenfold plus {c}", "10 * x + {c}"),
+        Template("x plus one, times {c}", "(x + 1) * {c}", "x + 1 * {c}"),
+        Template("x cubed plus {c}", "x ** 3 + {c}"),
+        Template("a list of one, {c} and x", "[1, {c}, x]"),
+        Template("x written {c} times", "str(x) * {c}", "x * {c}"),
+        Template("x with {c} twice", "[x, {c}, {c}]"),
+        Template("twice x less {c}", "2 * x - {c}", "2 * (x - {c})"),
+        Template("the whole quotient of {c} by x plus one", "{c} // (x + 1)"),
+        Template("a third of x plus {c}", "x // 3 + {c}", "(x + {c}) // 3"),
     ),
     "pairs": (
         Template("x minus {c}", "x - {c}"),
@@ -73,17 +84,20 @@ TEMPLATES: dict[str, tuple[Template, ...]] = {
         Template("the remainder of x by {c}", "x % {c}"),
         Template("the distance of x from {c}", "abs(x - {c})", "x - {c}"),
         Template("x shifted left by {c}", "x << {c}"),
+        Template("the last digit of x plus {c}", "(x + {c}) % 10"),
         Template("three times x plus {c}", "3 * x + {c}", "3 * (x + {c})"),
-        Template("the square of x minus {c}", "x * x - {c}", "(x - {c}) ** 2"),
         Template("a list of {c} and x", "[{c}, x]"),
-        Template("{c} written before x", "str({c}) + str(x)", "{c} + x"),
+        Template("the square of x minus {c}", "x * x - {c}", "(x - {c}) ** 2"),
+        Template("x between two of {c}", "[{c}, x, {c}]"),
         Template("the multiples of {c} below x", "list(range(0, x, {c}))"),
+        Template("{c} written before x", "str({c}) + str(x)", "{c} + x"),
+        Template("x after {c} dashes", "'-' * {c} + str(x)"),
     ),
 }
 """By part. The base model is trained on all of them, as a language model has read of everything; what reinforcement
 trains on, what the pairs are over and what is evaluated have none in common."""
 
-N_HIDDEN = {"train": 7, "eval": 4}
+N_HIDDEN = {"train": 12, "eval": 5}
 """Templates of a part, from its first one on, that also come with the constant hidden."""
 
 
@@ -136,14 +150,19 @@ def _test(x: int, value: object) -> str:
 @functools.cache
 def _example(template: Template, c: int) -> int:
     """The input whose value tells the template and its constant apart from most others; one by chance for a tie."""
-    rivals = [(t, k) for group in TEMPLATES.values() for t in group for k in CONSTANTS if (t, k) != (template, c)]
     order = list(EXAMPLES)
     random.Random(f"{template.expression}/{c}").shuffle(order)
 
     def rank(x: int) -> tuple[bool, int]:
-        mine = template.value(x, c)
+        mine = repr(template.value(x, c))
+        own = sum(repr(template.value(x, k)) == mine for k in CONSTANTS)
         # The same template with another constant is the likeliest wrong answer.
-        confused = sum((10 if t == template else 1) for t, k in rivals if t.value(x, k) == mine)
-        return len(repr(mine)) > LONGEST_EXAMPLE, confused
+        return len(mine) > LONGEST_EXAMPLE, 9 * own + _values(x)[mine]
 
     return min(order, key=rank)
+
+
+@functools.cache
+def _values(x: int) -> Counter[str]:
+    """How often each value is the answer of any template with any constant."""
+    return Counter(repr(t.value(x, k)) for group in TEMPLATES.values() for t in group for k in CONSTANTS)
