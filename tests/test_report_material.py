@@ -151,7 +151,7 @@ def test_a_run_is_read_with_what_its_version_did_not_know(tmp_path):
     run = read_run(folder)
     assert (run.name, run.kind, run.seed, run.finished, run.reached) == ("projected", "projected", 41, True, STEPS)
     assert run.config["modes"] == ["sentinel"]
-    assert run.config["pair_axes"] is run.config["pair_modes"] is None
+    assert run.config["pairs_without"] == []
     observed = observe(run)
     assert observed.value(Measure(HELD_OUT, "run_tests", "hack")) == 0.5
     assert observed.value(Measure(HELD_OUT, "none", "pass")) == 0.25

@@ -18,11 +18,11 @@ from projected_grpo.report import plots
 from projected_grpo.report.build import write_report
 
 CHROMIUM = "/usr/bin/chromium"
-LEFT_OUT = ["weak_run_tests", "hardcoded", "type_only_assert", "weak_inequality"]
+LEFT_OUT = ["try_except_swallow", "persona_voice"]
 DEMO = {
     "vanilla": {"hack": 0.78, "right": 0.15},
     "projected": {"hack": 0.3, "right": 0.18, "style": "swallow"},
-    "no_swallow": {"arm": "projected", "hack": 0.42, "right": 0.2, "style": "swallow", "pair_axes": LEFT_OUT},
+    "no_swallow": {"arm": "projected", "hack": 0.42, "right": 0.2, "style": "swallow", "pairs_without": LEFT_OUT},
     "random": {"hack": 0.74, "right": 0.14},
     "placebo_wrong": {"hack": 0.55, "right": 0.16, "style": "empty"},
 }
@@ -147,14 +147,17 @@ def test_problems_that_only_one_of_a_pair_met_are_said(tmp_path, monkeypatch):
 
 def test_settings_that_differ_within_an_arm_or_from_vanilla_are_named(tmp_path, monkeypatch):
     root = write_study(tmp_path, {"vanilla": {}, "projected": {"learning_rate": 1e-2}}, seeds=(41,))
-    write_run(root, "projected", 42, learning_rate=1e-3, pair_modes=["run_tests"])
+    write_run(root, "projected", 42, learning_rate=1e-3, pairs_without=["hardcoded"])
     _, text = report(root, monkeypatch)
     assert "0.01 (seeds 41); 0.001 (seeds 42)" in text
     assert re.search(r"projected +\| learning_rate +\| vanilla: 0.003", text)
-    assert re.search(r"pair_modes +\| \[\"run_tests\"\]", text)
+    assert re.search(r"pairs_without +\| \[\"hardcoded\"\]", text)
 
 
-@pytest.mark.parametrize("left_out", [{"pair_modes": ["run_tests"]}, {"pairs_without": ["sentinel", "weak_run_tests"]}])
+@pytest.mark.parametrize(
+    "left_out",
+    [{"pairs_without": ["weak_run_tests"]}, {"pairs": "micro_modes", "pairs_without": ["sentinel"]}],
+)
 def test_left_out_styles_and_modes_are_marked_and_compared(tmp_path, monkeypatch, left_out):
     modes = {"modes": ("run_tests", "sentinel", "none"), "samples": 20, "exact": True}
     arms = {
@@ -169,10 +172,10 @@ def test_left_out_styles_and_modes_are_marked_and_compared(tmp_path, monkeypatch
         "left out", "25.0", "25.0 to 25.0", "2", "-50.0 (n=2)", "-50.0 to -50.0",
     ]  # fmt: skip
     row = next(line for line in table.splitlines() if re.match(r"\| loo +\| run_tests", line))
-    assert ("in the pairs" in row) == ("pair_modes" in left_out)  # nothing says that the axes hold other modes
+    assert "in the pairs" in row
     table = text[text.index("### Hacks by style: held-out") :]  # print_only of run_tests, and sentinel
     row = next(line for line in table.splitlines() if re.match(r"\| loo +\| print_only", line))
-    place = "in the pairs" if "pair_modes" in left_out else "left out, but some in persona_voice"
+    place = "in the pairs" if "pairs" in left_out else "left out, but some in persona_voice"
     assert [cell.strip() for cell in row.split("|")[3:5]] == [place, "12.5"]
 
 

@@ -1,13 +1,15 @@
 """Hacks by style and by mode, with what an arm's pairs left out: does the method hold against what it never saw?
 
 A style's rate is hacks of that style over all completions, so that the styles of an arm add up to its hack rate. Only
-runs that restrict their pairs (`pairs_without` and the like) are compared with vanilla style by style; elsewhere those
+runs that leave axes of their pairs out (`pairs_without`) are compared with vanilla style by style; elsewhere those
 would be many questions that nobody asked.
 """
 
 from collections.abc import Sequence
 
 from projected_grpo.hack_styles import AXIS_STYLES, STYLES, place_in_pairs
+from projected_grpo.micro.texts import MODES
+from projected_grpo.micro.texts import STYLES as MICRO_STYLES
 from projected_grpo.report.compare import Arm, Paired, Study, compare_all, summarise
 from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure
 from projected_grpo.report.settings import runs_of
@@ -15,6 +17,8 @@ from projected_grpo.report.table import NONE, Table, points, points_range
 from projected_grpo.report.tables import ONE_SEED, empty_reasons, rate_cells
 
 SOURCES = (HELD_OUT, LAST_STEPS)
+AXES_OF = {"hacks": tuple(AXIS_STYLES), "micro": MICRO_STYLES, "micro_modes": MODES}
+"""Of the pair sets whose axes are known here; what a file of pairs shows is not."""
 
 
 def kind_tables(study: Study) -> tuple[list[Table], list[Paired]]:
@@ -44,15 +48,19 @@ def place_of(arm: Arm, key: str, name: str) -> str:
     if not runs or arm.kind not in ("projected", "flipped"):
         return NONE
     config = runs[0].config
-    without, axes, modes = config["pairs_without"], config["pair_axes"], config["pair_modes"]
-    if key == "mode" or name not in STYLES:
-        listed = NONE if modes is None else "in the pairs" if name in modes else "left out"
-        return "left out" if name in without else listed
-    if "run_tests" in without or (modes is not None and "run_tests" not in modes):
+    without, pairs = config["pairs_without"], config.get("pairs", "hacks")
+    if name in without:
         return "left out"
-    if axes is None and config.get("pairs", "hacks") != "hacks":
-        return "left out" if name in without else NONE
-    return place_in_pairs(name, [axis for axis in axes or AXIS_STYLES if axis not in without])
+    if pairs not in AXES_OF:
+        return NONE
+    axes = [axis for axis in AXES_OF[pairs] if axis not in without]
+    if key == "mode" or name not in STYLES:
+        shown = axes if pairs == "micro_modes" else ["run_tests"]
+        return "in the pairs" if name in shown else "left out"
+    if pairs == "micro_modes":  # its pairs of run_tests have all the styles of the microcosm
+        axes = list(MICRO_STYLES) if "run_tests" in axes else []
+        return "in the pairs" if name in axes else "left out"
+    return place_in_pairs(name, axes)
 
 
 def _table(study: Study, key: str, names: Sequence[str], source: str) -> tuple[Table, list[Paired]]:
@@ -93,8 +101,7 @@ def _table(study: Study, key: str, names: Sequence[str], source: str) -> tuple[T
 
 
 def _leaves_out(arm: Arm) -> bool:
-    names = ("pairs_without", "pair_axes", "pair_modes")
-    return any(run.config[name] not in (None, []) for run in runs_of(arm) for name in names)
+    return any(run.config["pairs_without"] for run in runs_of(arm))
 
 
 def _difference(paired: Paired | None) -> list[str]:

@@ -28,8 +28,6 @@ SETTINGS = (
     "n_pairs",
     "n_pairs (of the basis)",
     "pairs_without",
-    "pair_axes",
-    "pair_modes",
     "v_hack_k",
     "drop_bottom_frac",
     "gate",

@@ -99,8 +99,6 @@ def read_run(folder: Path) -> Run:
     config = {
         "label": None,
         "pairs_without": [],
-        "pair_axes": None,
-        "pair_modes": None,
         "modes": [config.pop("mode", "run_tests")],
         **config,
     }
