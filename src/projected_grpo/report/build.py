@@ -16,6 +16,7 @@ from projected_grpo.report.provenance import code_version, departures_table, run
 from projected_grpo.report.runs import find_runs
 from projected_grpo.report.tables import (
     control_table,
+    curves_table,
     difference_tables,
     main_table,
     power_table,
@@ -45,6 +46,7 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     power, power_numbers = power_table(study, comparisons)
     kinds, kind_differences = kind_tables(study)
     main = main_table(study, comparisons, verdicts)
+    curves = curves_table(study)
     drawn = plots.draw_all(study, comparisons)
     provenance = [("command", command), ("code", code_version()), *(("runs", str(root.resolve())) for root in roots)]
     contents = Contents(
@@ -55,7 +57,7 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
         main=main,
         plots=drawn,
         sections=[
-            ("Rates", rate_tables(study)),
+            ("Rates", [*rate_tables(study), curves]),
             ("Differences", [*difference_tables(study, comparisons), control_table(study, controls), power]),
             *([("Kinds of hacks", kinds)] if kinds else []),
             ("Runs and settings", [run_table(study), settings_table(study), departures_table(study)]),
@@ -81,7 +83,7 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     }
     _write(out, contents, numbers, drawn)
     sentences = [*contents.headlines, *(s for _, s in contents.verdicts), *contents.controls]
-    return "\n".join([*sentences, "", main.markdown(), *main.notes])
+    return "\n".join([*sentences, "", main.markdown(), *main.notes, "", curves.markdown()])
 
 
 def _compare_controls(study: Study) -> dict[tuple[str, str], Paired]:

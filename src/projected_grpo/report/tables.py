@@ -3,14 +3,19 @@
 No mean is silent: beside each stands the number of its seeds, and an empty cell has its reason below the table.
 """
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from projected_grpo.report import stats
 from projected_grpo.report.compare import Arm, Paired, Study, Summary, summarise
 from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure
+from projected_grpo.report.settings import runs_of
 from projected_grpo.report.table import NONE, Table, p_value, percent, percents, points, points_range
 from projected_grpo.report.verdict import FALSIFYING_DROP, WANTED_DROP, Comparisons, ControlVerdict, Verdict
 
+CURVE_WIDTH = 40
+LEVELS = "▁▂▃▄▅▆▇█"
 ONE_SEED = "one seed: no interval"
 
 
@@ -47,6 +52,26 @@ def main_table(study: Study, comparisons: Comparisons, verdicts: Sequence[Verdic
         *empty_reasons(study, list(study.arms.values()), _glance(study)),
     ]
     return Table("main", "The arms at a glance", head, rows, notes)
+
+
+def curves_table(study: Study) -> Table:
+    """Hack and pass rates over the steps in characters: what one wants to see in a terminal."""
+    rows = []
+    for arm in study.arms.values():
+        for rate in ("hack", "pass") if arm.runs else ():
+            by_step: dict[int, list[float]] = {}
+            for run in runs_of(arm):
+                for row in run.metrics:
+                    if row.get(f"{rate}_student") is not None:
+                        by_step.setdefault(row["step"], []).append(row[f"{rate}_student"])
+            means = [statistics.fmean(values) for _, values in sorted(by_step.items())]
+            width = max(1, math.ceil(len(means) / CURVE_WIDTH))
+            bins = [statistics.fmean(means[i : i + width]) for i in range(0, len(means), width)]
+            line = "".join(LEVELS[min(int(share * len(LEVELS)), len(LEVELS) - 1)] for share in bins)
+            rows.append([arm.name, rate, line, *map(percent, (bins[0], bins[-1]) if bins else (None, None))])
+    head = ["arm", "rate", f"steps, {LEVELS[0]} 0 to {LEVELS[-1]} 100 %", "first", "last"]
+    notes = ["Of the student's rollouts in training, per cent, mean over the seeds, a sign a bin of steps."]
+    return Table("curves", "Over the steps", head, rows, notes, left=3)
 
 
 def _glance(study: Study) -> list[Measure]:
