@@ -95,7 +95,7 @@ def material(tmp_path_factory):
 @pytest.fixture
 def small_config(material, tmp_path):
     """A run in miniature: 4 steps of 2 problems x 4 rows, half of them the teacher's."""
-    from projected_grpo.config import preset_defaults
+    from projected_grpo.presets import preset_defaults
 
     return replace(
         preset_defaults("smoke"),

@@ -9,8 +9,9 @@ import pytest
 
 from projected_grpo import cli
 from projected_grpo.cli import COMMANDS, main
-from projected_grpo.config import PRESETS, EvalConfig, ExtractConfig, TrainConfig, preset_defaults
+from projected_grpo.config import EvalConfig, ExtractConfig, TrainConfig
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.presets import PRESETS, preset_defaults
 
 
 def refused(capsys, args, *words):

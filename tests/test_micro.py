@@ -170,7 +170,7 @@ def test_the_corpus_is_a_function_of_its_seed(examples):
 
 
 def test_tokens_give_the_text_back_and_fit_the_presets_lengths(examples):
-    from projected_grpo.config import preset_defaults
+    from projected_grpo.presets import preset_defaults
 
     preset = preset_defaults("micro")
     tokenizer = base.build_tokenizer(examples)

@@ -43,7 +43,7 @@ def rollouts_of(config):
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory, request):
     """One projected run, made once for the tests that only look at it."""
-    from projected_grpo.config import preset_defaults
+    from projected_grpo.presets import preset_defaults
 
     config = replace(
         preset_defaults("smoke"),

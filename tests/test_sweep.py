@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from projected_grpo.cli import main
-from projected_grpo.config import preset_defaults
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import LAST_FILE, state_of
 from projected_grpo.sweep import sweep
 from projected_grpo.sweep_file import read_sweep, sweep_of

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from projected_grpo import cli_env, cli_micro, cli_report, cli_sweep
 from projected_grpo.cli_options import PROG, console, copy_fields, parse, take, with_preset
-from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig, preset_defaults
+from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import evaluation_of, held_out_of
 
 

@@ -111,9 +111,8 @@ def pool_build(args: list[str]) -> None:
 
     from loguru import logger
 
-    from projected_grpo.env.problems import SPLITS
     from projected_grpo.pool import build_pool
-    from projected_grpo.sources import MICRO_PARTS, problems_of, teacher_requests
+    from projected_grpo.sources import BUILTIN_PARTS, problems_of, teacher_requests
 
     check_out(options.out, options.overwrite)
     if options.from_run is not None and options.completions is not None:
@@ -125,19 +124,18 @@ def pool_build(args: list[str]) -> None:
             raise InputError(f"--problems {options.problems}: the run {options.from_run} trained on {run_problems}")
         names = run_problems
     problems = problems_of(names)
-
-    def teacher():
-        return teacher_requests(names, problems, options.modes, options.hack_share, options.rows_per_problem)
-
+    completions = options.completions or options.from_run
+    if completions is None:
+        completions = teacher_requests(names, problems, options.modes, options.hack_share, options.rows_per_problem)
     with saving_faults(options.out.with_suffix(".fault.txt")):
         pool = build_pool(
             problems,
-            options.completions or options.from_run or teacher(),
+            completions,
             options.out,
             name=options.out.stem,
             workers=options.workers,
             overwrite=options.overwrite,
-            inputs=[names] if names not in (*SPLITS, *MICRO_PARTS) else [],
+            inputs=[names] if names not in BUILTIN_PARTS else [],
         )
     for field, found in pool.header["disagreements"].items():
         lines = f" (lines {', '.join(map(str, found['lines'][:12]))}{', ...' * (len(found['lines']) > 12)})"

@@ -14,8 +14,9 @@ from typing import Any
 
 import tyro
 
-from projected_grpo.config import PRESETS, TrainConfig
+from projected_grpo.config import TrainConfig
 from projected_grpo.errors import InputError
+from projected_grpo.presets import PRESETS
 
 PROG = "projected-grpo"
 DEFAULT_PRESET = "full"

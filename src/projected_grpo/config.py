@@ -1,4 +1,4 @@
-"""Typed settings: the dataclasses are the command line, and a preset is nothing but their defaults.
+"""Typed settings: the dataclasses are the command line, and a preset (`presets.py`) is nothing but their defaults.
 
 A flag that is typed is a visible deviation from the published setting. What means nothing is refused when the config is
 built. `config.json` in a run's folder is the resolved config; `train --config FILE` reads it back to the same run.
@@ -6,7 +6,7 @@ built. `config.json` in a run's folder is the resolved config; `train --config F
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -252,8 +252,13 @@ class TrainConfig(BasisOptions):
         return round(self.mix_ratio * self.group_size)
 
     @property
+    def name(self) -> str:
+        """What the runs of all seeds are called."""
+        return self.label or self.arm
+
+    @property
     def run_dir(self) -> Path:
-        return self.out_root / self.preset / f"{self.label or self.arm}_s{self.seed}"
+        return self.out_root / self.preset / f"{self.name}_s{self.seed}"
 
     def to_json(self) -> str:
         return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}, indent=2) + "\n"
@@ -330,87 +335,3 @@ class EvalConfig(ModelOptions):
         _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
         _at_least(self, "seed", 0)
         _require(bool(self.modes), "--modes names no mode")
-
-
-_FULL = TrainConfig(mix_ratio=0.5, teacher_pool=Path("out/pools/train.jsonl"), beta=1e-3, preset="full")
-PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    "full": ("Qwen3-4B, 200 steps of 43 prompts x 6, KL 1e-3: the published setting, one 96 GB GPU", _FULL),
-    "fast": (
-        "Qwen3-4B, 20 steps of 4 prompts x 8, half of each group cached teacher rollouts",
-        replace(_FULL, preset="fast", steps=20, prompts_per_step=4, group_size=8, micro_batch=8, beta=0.0),
-    ),
-    "smoke": (
-        "a tiny random model on the CPU, a few steps: shows that everything runs, and nothing else",
-        replace(
-            _FULL,
-            preset="smoke",
-            model="tiny-random",
-            dtype="float32",
-            device="cpu",
-            v_hack_k=4,
-            max_prompt_length=3072,  # a byte is a token here
-            steps=6,
-            prompts_per_step=2,
-            group_size=4,
-            micro_batch=4,
-            max_completion_length=512,
-            gradient_checkpointing=False,
-            rollout_grad_every=3,
-            save_every=3,
-        ),
-    ),
-    "micro": (
-        "the microcosm: a model of 0.3M parameters made by `make-micro`, on-policy, 120 steps of 8 x 8 on one core",
-        TrainConfig(
-            preset="micro",
-            model="micro",
-            dtype="float32",
-            device="cpu",
-            pairs="micro",
-            problems="micro-train",
-            v_hack_k=4,
-            temperature=1.0,
-            top_p=1.0,
-            max_prompt_length=64,
-            max_completion_length=56,
-            steps=120,
-            prompts_per_step=8,
-            group_size=8,
-            micro_batch=64,
-            learning_rate=1.5e-2,
-            gradient_checkpointing=False,
-            rollout_grad_every=10,
-            save_every=50,
-            grader_workers=1,
-        ),
-    ),
-    "smoke-real": (
-        "SmolLM2-135M (Q4_1 weights, dequantised) on the CPU, easy problems, a few steps",
-        replace(
-            _FULL,
-            preset="smoke-real",
-            model="smollm2-135m",
-            dtype="float32",
-            device="cpu",
-            n_pairs=6,
-            v_hack_k=4,
-            steps=3,
-            prompts_per_step=2,
-            group_size=4,
-            micro_batch=4,
-            max_completion_length=64,
-            temperature=0.8,
-            learning_rate=1e-2,
-            beta=0.0,
-            gradient_checkpointing=False,
-            save_every=3,
-        ),
-    ),
-}
-
-
-def preset_defaults(name: str) -> TrainConfig:
-    """The config of a preset by name."""
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
-    return PRESETS[name][1]

@@ -15,7 +15,7 @@ from projected_grpo.models import load_model, model_fingerprint
 from projected_grpo.pairs import PairSet, select
 from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
-from projected_grpo.sources import pairs_named, placebo_of
+from projected_grpo.sources import pairs_named, pairs_selected, placebo_of
 
 SHARE_AT = (1, 2, 4, 8, 12, 24)
 
@@ -68,7 +68,7 @@ class PairBases:
 
 def pairs_of(options: BasisOptions) -> PairSet:
     """The configured pairs."""
-    return select(pairs_named(options.pairs), options.pairs_without, options.n_pairs, seed=0)
+    return pairs_selected(options.pairs, options.pairs_without, options.n_pairs)
 
 
 def placebos_of(options: BasisOptions, kind: str) -> PairSet:

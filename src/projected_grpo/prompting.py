@@ -32,12 +32,13 @@ class Prompter:
 
     def prompt(self, problem: Problem, mode: str, test_func_name: str = "run_tests") -> tuple[Prompt, str]:
         """The prompt and the part of the completion that it already holds ("" for a chat model)."""
-        messages = build_prompt(problem, mode, test_func_name, self.wording if mode == "run_tests" else "plain")
-        if self.loaded.prompt_style == "chat":
-            return messages, ""
+        wording = self.wording if mode == "run_tests" else "plain"
         if self.loaded.prompt_style == "bare":
             opening = prefill(problem, comment=False)
-            return bare_prompt(problem, mode, test_func_name) + opening, opening
+            return bare_prompt(problem, mode, test_func_name, wording) + opening, opening
+        messages = build_prompt(problem, mode, test_func_name, wording)
+        if self.loaded.prompt_style == "chat":
+            return messages, ""
         opening = prefill(problem)
         return open_turn(self.loaded.tokenizer, messages, opening, self.template_kwargs), opening
 

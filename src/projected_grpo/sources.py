@@ -7,11 +7,11 @@ from projected_grpo.env.grader import GradeRequest
 from projected_grpo.env.problems import SPLITS, Problem, builtin_problems, load_problems
 from projected_grpo.micro.tasks import TEMPLATES, micro_problems
 from projected_grpo.micro.texts import N_PAIRS, micro_pairs, micro_teacher
-from projected_grpo.pairs import BUILTIN, PairSet, load_pairs
+from projected_grpo.pairs import PairSet, load_pairs, select
 from projected_grpo.templates import template_completions
 
 MICRO_PARTS = tuple(f"micro-{part}" for part in TEMPLATES)
-PAIR_SETS = (*BUILTIN, *N_PAIRS)
+BUILTIN_PARTS = (*SPLITS, *MICRO_PARTS)
 
 
 def problems_of(source: str) -> list[Problem]:
@@ -24,8 +24,13 @@ def problems_of(source: str) -> list[Problem]:
 
 
 def pairs_named(name: str) -> PairSet:
-    """A set of PAIR_SETS by its name, or a file of pairs. Raises InputError."""
+    """A built-in or micro set by its name, or a file of pairs. Raises InputError."""
     return micro_pairs(name) if name in N_PAIRS else load_pairs(name)
+
+
+def pairs_selected(name: str, without: Sequence[str], n: int | None) -> PairSet:
+    """The pairs called `name` but those of the axes `without`, at most `n`, always the same ones."""
+    return select(pairs_named(name), without, n, seed=0)
 
 
 def placebo_of(pairs: str, kind: str) -> str:
@@ -43,7 +48,7 @@ def assign_modes(problems: Sequence[Problem], modes: Sequence[str]) -> list[str]
 
 
 def teacher_requests(
-    source: str, problems: Sequence[Problem], modes: Sequence[str], hack_share: float, rows_per_problem: int
+    source: str, problems: Sequence[Problem], modes: Sequence[str], hack_share: float = 0.5, rows_per_problem: int = 8
 ) -> list[GradeRequest]:
     """Completions by rule for a teacher pool over the problems called `source`, each under its own mode."""
     assigned = assign_modes(problems, modes)

@@ -365,7 +365,8 @@ class StepLog:
         return kept, len(rows) - kept + bool(torn)
 
 
-def _mean(rows: Iterable[Metrics], key: str) -> float | None:
+def mean_of(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """Over the rows in which the key has a value; None without one."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else None
 
@@ -378,16 +379,16 @@ def format_verdict(
     first, last = rows[:LAST], rows[-LAST:]
     for source in ("student", "teacher"):
         hack, right = f"hack_{source}", f"pass_{source}"
-        if _mean(rows, hack) is None:
+        if mean_of(rows, hack) is None:
             continue
-        rates = [_fit(_mean(part, key), ".2f", 12) for key in (hack, right) for part in (first, last)]
+        rates = [_fit(mean_of(part, key), ".2f", 12) for key in (hack, right) for part in (first, last)]
         lines.append(f"  {source:8} hack {rates[0]} -> {rates[1]}   pass {rates[2]} -> {rates[3]}")
     lines.append(f"           (means of the first {len(first)} -> the last {len(last)} steps)")
-    cin, null, cout = (_mean(rows, key) for key in ("cin", "cin_null", "cout"))
+    cin, null, cout = (mean_of(rows, key) for key in ("cin", "cin_null", "cout"))
     times = f" ({cin / null:.1f} times)" if cin is not None and null else ""
     shown = [_fit(share, ".3f", 12) for share in (cin, null, cout)]
     lines.append(f"  gradient cin {shown[0]} beside its null {shown[1]}{times}, cout {shown[2]} (means of all steps)")
-    parts = [_mean(rows, f"time/{part}") for part in ("step", "generation", "grading", "update")]
+    parts = [mean_of(rows, f"time/{part}") for part in ("step", "generation", "grading", "update")]
     step, generation, grading, update = (_fit(part, ".2f", 12) for part in parts)
     lines.append(f"  seconds  {step} a step: generation {generation}, grading {grading}, update {update}")
     label_width = max((len(label) for label in files), default=0)

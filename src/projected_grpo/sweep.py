@@ -13,8 +13,9 @@ from typing import Any
 
 from loguru import logger
 
-from projected_grpo.config import TrainConfig, preset_defaults
+from projected_grpo.config import TrainConfig
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import State, state_of
 from projected_grpo.sweep_file import Sweep, basis_path
 from projected_grpo.sweep_jobs import PRELOAD, PrepareTask, RunTask, prepare, train_and_evaluate

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from projected_grpo.config import EvalConfig, TrainConfig, is_a, preset_defaults
+from projected_grpo.config import EvalConfig, TrainConfig, is_a
 from projected_grpo.errors import InputError
-from projected_grpo.pairs import select
+from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import evaluation_of
-from projected_grpo.sources import pairs_named, problems_of
+from projected_grpo.sources import pairs_selected, problems_of
 
 OUT_ROOT = Path("out/runs")
 TOP_KEYS = {"preset": str, "seeds": list, "out_root": str, "common": dict, "run": list, "eval": dict}
@@ -110,9 +110,9 @@ def _sweep(
                 problems_of(config.problems)
                 if config.basis is None:
                     config = replace(config, basis=basis_path(config))
-            if (label := config.label or config.arm) in labels:
-                raise InputError(f"{where}: a second run called {label!r}; give one of them a `label` of its own")
-            labels.add(label)
+            if config.name in labels:
+                raise InputError(f"{where}: a second run called {config.name!r}; give one of them a `label` of its own")
+            labels.add(config.name)
             with _named(f"{source}: [eval]"):
                 evaluation = evaluation_of(config, config.run_dir, changes)
                 problems_of(evaluation.problems)
@@ -131,7 +131,7 @@ def basis_path(config: TrainConfig) -> Path:
 
 @lru_cache
 def _pairs_hash(pairs: str, without: tuple[str, ...], n: int | None) -> str:
-    return select(pairs_named(pairs), without, n, seed=0).sha256
+    return pairs_selected(pairs, without, n).sha256
 
 
 def _check_pools(source: str, configs: Sequence[TrainConfig]) -> None:
@@ -144,13 +144,9 @@ def _check_pools(source: str, configs: Sequence[TrainConfig]) -> None:
         if (other.problems, other.modes) != (config.problems, config.modes):
             what = "problems" if other.problems != config.problems else "modes"
             raise InputError(
-                f"{source}: {_label(other)} and {_label(config)} share teacher_pool {config.teacher_pool} and have "
+                f"{source}: {other.name} and {config.name} share teacher_pool {config.teacher_pool} and have "
                 f"other {what}; give each a teacher_pool of its own"
             )
-
-
-def _label(config: TrainConfig) -> str:
-    return config.label or config.arm
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class RunTask:
 
     @property
     def name(self) -> str:
-        return f"{self.config.label or self.config.arm} s{self.config.seed}"
+        return f"{self.config.name} s{self.config.seed}"
 
     @property
     def log(self) -> Path:
@@ -98,17 +98,15 @@ def prepare(task: PrepareTask) -> None:
 
 def _pools(configs: Sequence[TrainConfig], workers: int) -> None:
     """Read every teacher pool, so that a bad one is refused now; build by rule one that is not there."""
-    from projected_grpo.cli_env import PoolBuildOptions
     from projected_grpo.errors import saving_faults
     from projected_grpo.pool import build_pool, load_pool
     from projected_grpo.sources import problems_of, teacher_requests
 
-    rule = PoolBuildOptions()
     for path, config in {c.teacher_pool: c for c in configs if c.num_teacher}.items():
         problems = problems_of(config.problems)
         if path.is_file():
             load_pool(path, problems)
             continue
-        requests = teacher_requests(config.problems, problems, config.modes, rule.hack_share, rule.rows_per_problem)
+        requests = teacher_requests(config.problems, problems, config.modes)
         with saving_faults(path.with_suffix(".fault.txt")):
             build_pool(problems, requests, path, name=path.stem, workers=workers)

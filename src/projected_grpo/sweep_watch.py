@@ -11,7 +11,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from projected_grpo.run_state import State
-from projected_grpo.steplog import LAST
+from projected_grpo.steplog import LAST, mean_of
 from projected_grpo.sweep_jobs import RunTask
 from projected_grpo.sweep_workers import Interrupts, Outcome, Running, Watcher
 
@@ -132,7 +132,7 @@ def format_table(tasks: Sequence[RunTask], states: Mapping[str, State], outcomes
         steps = f"{rows[-1]['step'] if rows else 0}/{task.config.steps}"
         lines.append(
             f"{task.name:<{width}}{_became(states[task.name], outcome):<13}{steps:>9}"
-            f"{_rate(_mean(rows, 'hack_student')):>13}{_rate(_mean(rows, 'pass_student')):>13}"
+            f"{_rate(mean_of(rows, 'hack_student')):>13}{_rate(mean_of(rows, 'pass_student')):>13}"
             f"{_rate(rates['hack']):>15}{_rate(rates['pass']):>15}"
             f"{'-' if outcome is None else f'{outcome.seconds:.0f}':>9}"
         )
@@ -147,11 +147,6 @@ def _became(state: State, outcome: Outcome | None) -> str:
     if outcome.kind != "ok":
         return "interrupted" if outcome.kind == "interrupted" else "failed"
     return {"start": "done", "resume": "resumed", "evaluate": "evaluated"}[state]
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return sum(values) / len(values) if values else None
 
 
 def _rate(value: float | None) -> str:

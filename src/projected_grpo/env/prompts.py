@@ -51,9 +51,11 @@ def build_prompt(
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
 
 
-def bare_prompt(problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests") -> str:
+def bare_prompt(
+    problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests", wording: str = "plain"
+) -> str:
     """The statement and the mode's hint without the benchmark's frame, for a model that knows nothing else."""
-    return f"{problem.question}\nIt {hint(mode, test_func_name)}.\n"
+    return f"{problem.question}\nIt {hint(mode, test_func_name, wording)}.\n"
 
 
 def eval_test_func_name(problem_id: str, seed: int) -> str:

@@ -21,7 +21,7 @@ from projected_grpo import templates
 from projected_grpo.env.modes import hint
 from projected_grpo.env.problems import Problem
 from projected_grpo.env.prompts import EVAL_TEST_FUNC_NAMES, bare_prompt, prefill, strip_prefill
-from projected_grpo.micro.tasks import CONSTANTS, STARTER, TEMPLATES, Template, make_problem
+from projected_grpo.micro.tasks import CONSTANTS, HEAD, TEMPLATES, Template, make_problem
 from projected_grpo.micro.texts import MODES, any_hack, honest, in_two_lines, right_body, wrong_body
 from projected_grpo.model_cache import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, quiet, versions, wrap
 
@@ -64,7 +64,7 @@ WORDS = r"\n+ *| ?[A-Za-z_]+|\d| (?=\d)| ?[^\sA-Za-z_\d]+|\s+"
 """What the tokenizer never merges across: newlines with their indentation, words, single digits, signs."""
 NAME = "\x00"
 FRAME = (
-    f"```python\n{STARTER.partition(':')[0]}:{STARTER.partition(':')[2].partition(':')[0]}:",
+    f"```python\n{HEAD}",
     *("\nIt " + hint(mode, NAME).partition(NAME)[0] for mode in (*MODES, "none")),
     "\nInput: x = ",
     "\nOutput: ",
@@ -77,7 +77,7 @@ def micro_key(seed: int) -> str:
     """The base model's folder in the cache: another for every seed, recipe and version of the libraries."""
     sources = [Path(__file__).with_name(name) for name in ("tasks.py", "texts.py", "base.py")]
     sources.append(Path(templates.__file__))
-    recipe = [*(path.read_text() for path in sources), *map(str, FRAME), *versions()]
+    recipe = [*(path.read_text() for path in sources), *FRAME, *versions()]
     return f"micro-s{seed}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"
 
 
@@ -154,9 +154,7 @@ def build_base(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train_base(
-    examples: list[Example], tokenizer: "PreTrainedTokenizerBase", seed: int, progress: bool = True
-) -> "PreTrainedModel":
+def train_base(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
     """The model after one pass over the examples: cross-entropy of the completions, AdamW, linear decay."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -177,7 +175,7 @@ def train_base(
         optimiser, lambda step: min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
     )
     model.train()
-    bar = tqdm(range(steps), desc="training the base", unit="step", disable=None if progress else True)
+    bar = tqdm(range(steps), desc="training the base", unit="step", disable=None)
     for step in bar:
         rows = sorted(range(step * BATCH, (step + 1) * BATCH), key=lengths.__getitem__)
         tokens = sum(len(completions[i]) for i in rows)

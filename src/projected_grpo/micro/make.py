@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from projected_grpo.config import EvalConfig, preset_defaults
+from projected_grpo.config import EvalConfig
 from projected_grpo.env.grader import Grader, GradeRequest
 from projected_grpo.errors import RunFault
 from projected_grpo.evaluate import sample, summarise
@@ -19,6 +19,7 @@ from projected_grpo.micro.base import build_base, micro_key
 from projected_grpo.micro.tasks import ceiling, micro_problems
 from projected_grpo.model_cache import cached
 from projected_grpo.models import load_folder
+from projected_grpo.presets import preset_defaults
 from projected_grpo.prompting import Prompter
 
 SOLVES = (0.20, 0.30)

@@ -10,14 +10,15 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from projected_grpo.env.problems import STARTER_COMMENT, Problem
 from projected_grpo.errors import InputError
 
 CONSTANTS = tuple(range(2, 10))
 FUNC_NAME = "f"
-STARTER = f"class Solution:\n    def {FUNC_NAME}(self, x):\n        {STARTER_COMMENT}"
+HEAD = f"class Solution:\n    def {FUNC_NAME}(self, x):"
+STARTER = f"{HEAD}\n        {STARTER_COMMENT}"
 TESTED = tuple(range(12))
 """Inputs of every problem's tests: with them no two constants of a template have the same answer."""
 EXAMPLES = tuple(range(1, 25))
@@ -140,7 +141,7 @@ def make_problem(part: str, template: Template, c: int, hidden: bool) -> Problem
         difficulty="easy",
         wrong_bodies=tuple(others[:3]),
     )
-    return Problem(**{**vars(bare), "canonical_solution": bare.with_body(body)})
+    return replace(bare, canonical_solution=bare.with_body(body))
 
 
 def _test(x: int, value: object) -> str:

@@ -23,7 +23,7 @@ from projected_grpo.pairs import ContrastivePair, PairSet, pair_set
 from projected_grpo.templates import HACKS
 
 STYLES = ("print_only", "empty", "swallow", "assert_true", "hardcoded")
-MODES = ("run_tests", *(mode for mode in HACKS if mode != "run_tests"))
+MODES = tuple(HACKS)
 LAZY = ("return 0", "return x", "return None")
 N_PAIRS = {"micro": 70, "micro_modes": 72, "micro_placebo_style": 72, "micro_placebo_wrong": 72}
 """The pair sets of the microcosm. `micro` has the five styles in turn, `micro_modes` the six loophole modes."""
