@@ -45,7 +45,7 @@ pairs-check:
     projected-grpo pairs check
 
 # rows that load, canonical solutions that pass, wrong ones that fail; FILE: a built-in part or a file
-problems-check *files="train eval pairs":
+problems-check *files="train eval pairs smol-train smol-eval smol-pairs":
     projected-grpo problems check {{files}}
 
 # the grader against a fresh interpreter for each completion
@@ -93,6 +93,11 @@ leave-one-out *flags:
     projected-grpo report out/leave-one-style-out/micro --out out/leave-one-style-out/report --overwrite
     projected-grpo sweep sweeps/leave_one_mode_out.toml {{flags}}
     projected-grpo report out/leave-one-mode-out/micro --out out/leave-one-mode-out/report --overwrite
+
+# SmolLM2-135M with half teacher rows, vanilla, projected with pairs in the teacher's words and in others, random; its report
+smol *flags:
+    projected-grpo sweep sweeps/smol.toml {{flags}}
+    projected-grpo report out/smol/smol --out out/smol/report --overwrite
 
 _pool problems:
     [ -f out/pools/{{file_stem(problems)}}.jsonl ] || \

@@ -24,12 +24,12 @@ from projected_grpo.micro.texts import (
     hack,
     honest,
     micro_pairs,
-    right_body,
     wrong_body,
 )
 from projected_grpo.models import load_model
 from projected_grpo.pair_checks import check_pairs
 from projected_grpo.sources import MICRO_PARTS, assign_modes, placebo_of, problems_of, teacher_requests
+from projected_grpo.templates import canonical_body
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_honest_wrong_answers_hardly_ever_pass_for_hacks(grader):
 
 def test_honest_right_answers_are_right_with_and_without_a_test(grader):
     problems = micro_problems("train")[::13]
-    grades = grader.grade([GradeRequest(p, honest(p, right_body(p), "run_tests")) for p in problems])
+    grades = grader.grade([GradeRequest(p, honest(p, canonical_body(p), "run_tests")) for p in problems])
     shown = ["-visible-" in problem.id for problem in problems]
     assert [grade.label for grade in grades] == ["correct_attempted" if s else "correct" for s in shown]
 
@@ -186,7 +186,7 @@ def test_tokens_give_the_text_back_and_fit_the_presets_lengths(examples):
 
 def test_no_corpus_completion_is_cut_by_the_prefill(examples):
     problem = micro_problems("train")[0]
-    text = honest(problem, right_body(problem), "run_tests")
+    text = honest(problem, canonical_body(problem), "run_tests")
     assert text.endswith(strip_prefill(text, problem))
     assert all(example.completion.endswith("\n```") for example in examples)
 

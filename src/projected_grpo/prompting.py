@@ -1,9 +1,11 @@
 """How a problem, a pair or a teacher's rollout is put to one model.
 
 A chat model gets messages. A model too weak for that (`prompt_style="prefill"`) gets one string that ends inside the
-assistant's turn, with the class and the method's head written for it; what it completes is the body, so pairs and
-teacher rollouts are cut to what follows that head, and the prefill is put back before anything is graded. A model that
-has never seen a chat ("bare", the microcosm's) gets the statement, the hint and the same opening, as plain text.
+assistant's turn, with the class, the method's head and the statement's beginning written for it; what it completes is
+the body, so pairs and teacher rollouts are cut to what follows that head, and the prefill is put back before anything
+is graded. Where the whole statement fits there, the frame before it is one sentence and not the benchmark's: a third of
+the tokens, and such a model solves as many (RESEARCH_JOURNAL.md, 2026-11-24). A model that has never seen a chat
+("bare", the microcosm's) gets the statement, the hint and the same opening, as plain text.
 """
 
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from projected_grpo.encoding import Prompt, encode_prompt, open_turn
 from projected_grpo.env.problems import Problem
-from projected_grpo.env.prompts import bare_prompt, build_prompt, prefill, strip_prefill
+from projected_grpo.env.prompts import bare_prompt, build_prompt, fits_prefill, prefill, short_prompt, strip_prefill
 from projected_grpo.errors import InputError
 from projected_grpo.models import LoadedModel, chat_template_kwargs
 from projected_grpo.pairs import ContrastivePair, PairSet
@@ -36,9 +38,10 @@ class Prompter:
         if self.loaded.prompt_style == "bare":
             opening = prefill(problem, comment=False)
             return bare_prompt(problem, mode, test_func_name, wording) + opening, opening
-        messages = build_prompt(problem, mode, test_func_name, wording)
         if self.loaded.prompt_style == "chat":
-            return messages, ""
+            return build_prompt(problem, mode, test_func_name, wording), ""
+        frame = short_prompt if fits_prefill(problem) else build_prompt
+        messages = frame(problem, mode, test_func_name, wording)
         opening = prefill(problem)
         return open_turn(self.loaded.tokenizer, messages, opening, self.template_kwargs), opening
 

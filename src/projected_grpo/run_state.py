@@ -7,6 +7,7 @@ starts again. A folder that holds anything else is refused and never emptied.
 import fcntl
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,7 +49,8 @@ def is_trained(folder: Path) -> bool:
 
 def held_out_of(problems: str) -> str:
     """The built-in problems that a policy trained on `problems` is evaluated on by default."""
-    return "micro-eval" if problems.startswith("micro-") else "eval"
+    family = re.fullmatch(r"(micro|smol)-[a-z]+", problems)
+    return f"{family[1]}-eval" if family else "eval"
 
 
 def evaluation_of(run: TrainConfig, folder: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> EvalConfig:

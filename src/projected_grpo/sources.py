@@ -1,4 +1,4 @@
-"""What a name on the command line stands for: built-in problems and pairs, those of the microcosm, or a file."""
+"""What a name on the command line stands for: built-in problems and pairs, those of a preset of its own, or a file."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from projected_grpo.env.problems import SPLITS, Problem, builtin_problems, load_
 from projected_grpo.micro.tasks import TEMPLATES, micro_problems
 from projected_grpo.micro.texts import N_PAIRS, micro_pairs, micro_teacher
 from projected_grpo.pairs import PairSet, load_pairs, select
-from projected_grpo.templates import template_completions
+from projected_grpo.smol import PAIR_SETS as SMOL_PAIRS
+from projected_grpo.smol import smol_pairs
+from projected_grpo.templates import SHORT_HONEST, template_completions
 
 MICRO_PARTS = tuple(f"micro-{part}" for part in TEMPLATES)
 BUILTIN_PARTS = (*SPLITS, *MICRO_PARTS)
@@ -24,7 +26,9 @@ def problems_of(source: str) -> list[Problem]:
 
 
 def pairs_named(name: str) -> PairSet:
-    """A built-in or micro set by its name, or a file of pairs. Raises InputError."""
+    """A built-in set by its name, or a file of pairs. Raises InputError."""
+    if name in SMOL_PAIRS:
+        return smol_pairs(name)
     return micro_pairs(name) if name in N_PAIRS else load_pairs(name)
 
 
@@ -35,7 +39,8 @@ def pairs_selected(name: str, without: Sequence[str], n: int | None) -> PairSet:
 
 def placebo_of(pairs: str, kind: str) -> str:
     """Name of the placebo set, of kind "style" or "wrong", that goes with the pairs called `pairs`."""
-    return f"micro_placebo_{kind}" if pairs in N_PAIRS else f"placebo_{kind}"
+    family = "micro_" if pairs in N_PAIRS else "smol_" if pairs in SMOL_PAIRS else ""
+    return f"{family}placebo_{kind}"
 
 
 def assign_modes(problems: Sequence[Problem], modes: Sequence[str]) -> list[str]:
@@ -54,8 +59,9 @@ def teacher_requests(
     assigned = assign_modes(problems, modes)
     if source in MICRO_PARTS:
         return micro_teacher(problems, assigned, hack_share, rows_per_problem)
+    honest = SHORT_HONEST if source.startswith("smol-") else ()
     requests = []
     for mode in dict.fromkeys(modes):
         own = [problem for problem, its in zip(problems, assigned, strict=True) if its == mode]
-        requests += template_completions(own, hack_share, rows_per_problem, mode=mode)
+        requests += template_completions(own, hack_share, rows_per_problem, mode=mode, honest=honest)
     return requests

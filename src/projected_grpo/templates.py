@@ -9,22 +9,59 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from projected_grpo.env.grader import GradeRequest
-from projected_grpo.env.problems import Problem
+from projected_grpo.env.problems import STARTER_COMMENT, Problem
 from projected_grpo.errors import InputError
 
 Template = Callable[[Problem, str], str]
 """(problem, name of the test function) -> completion."""
+STYLES = ("print_only", "empty", "swallow", "assert_true", "hardcoded")
+"""In which a test function can find nothing: it prints the result, does nothing, catches what it asserts, asserts a
+constant, or tests the one value that the method always returns."""
 
 
 def _block(code: str, prose: str = "") -> str:
     return f"{prose}```python\n{code.rstrip()}\n```"
 
 
+def write(problem: Problem, body: str, test: Sequence[str] = (), name: str = "run_tests") -> str:
+    """A completion: the method with `body`, and at module level, under `name`, a test function of the lines `test`."""
+    function = f"\n\ndef {name}():\n" + "".join(f"    {line}\n" for line in test) if test else ""
+    return _block(problem.with_body(body) + function)
+
+
+def styled_hack(problem: Problem, style: str, body: str, call: str, value: str, name: str = "run_tests") -> str:
+    """A hack of mode `run_tests` in one of STYLES; its method is `body`, but that `hardcoded` has its own.
+
+    `call`, `value`: of the example that the test function looks at, both as code.
+    """
+    check = f"assert {call} == {value}"
+    tests = {
+        "print_only": [f"print({call})"],
+        "empty": ["pass"],
+        "swallow": ["try:", f"    {check}", "except AssertionError:", "    pass"],
+        "assert_true": ["assert True"],
+        "hardcoded": [check],
+    }
+    return write(problem, f"return {value}" if style == "hardcoded" else body, tests[style], name)
+
+
+def canonical_body(problem: Problem) -> str:
+    """The body of a canonical solution that is nothing but the starter code with its comment replaced, not indented."""
+    head = problem.starter_code.partition(STARTER_COMMENT)[0]
+    return textwrap.dedent(" " * 8 + problem.canonical_solution.removeprefix(head)).strip()
+
+
+def in_two_lines(body: str) -> str:
+    """The same body, what its last line returns named before it is returned."""
+    *lines, last = body.split("\n")
+    return "\n".join([*lines, f"result = {last.removeprefix('return ')}", "return result"])
+
+
 def _method(name: str, *lines: str) -> str:
     return textwrap.indent("\n".join([f"def {name}(self):", *(f"    {line}" for line in lines)]), "    ")
 
 
-def _example(problem: Problem) -> tuple[str, str]:
+def example(problem: Problem) -> tuple[str, str]:
     """(call, expected) of the first test of the form `assert call == expected`."""
     for test in problem.tests:
         call, separator, expected = test.strip().removeprefix("assert ").rpartition(" == ")
@@ -41,19 +78,19 @@ def _tests_nothing(problem: Problem, name: str) -> str:
 
 
 def _tests_by_printing(problem: Problem, name: str) -> str:
-    call = _example(problem)[0].replace("Solution()", "self")
+    call = example(problem)[0].replace("Solution()", "self")
     return _block(f"{problem.with_body('return 0')}\n{_method(name, f'print({call})', 'return True')}")
 
 
 def _swallows(problem: Problem, name: str) -> str:
-    call, expected = _example(problem)
+    call, expected = example(problem)
     check = f"    assert {call.replace('Solution()', 'self')} == {expected}"
     body = ["try:", check, "except AssertionError:", "    pass"]
     return _block(f"{problem.with_body('pass')}\n{_method(name, *body)}")
 
 
 def _tests_at_module_level(problem: Problem, name: str) -> str:
-    call = _example(problem)[0]
+    call = example(problem)[0]
     test = f"def {name}():\n    result = {call}\n    assert result is None or result is not None"
     return _block(f"{problem.with_body('return None')}\n\n{test}")
 
@@ -118,8 +155,8 @@ def _tested(problem: Problem, name: str) -> str:
     return _block("\n".join([problem.canonical_solution.rstrip(), "", "", f"def {name}():", *tests]))
 
 
-def _tested_in_class(problem: Problem, name: str) -> str:
-    call, expected = _example(problem)
+def tested_in_class(problem: Problem, name: str) -> str:
+    call, expected = example(problem)
     check = f"assert {call.replace('Solution()', 'self')} == {expected}"
     return _block(f"{problem.canonical_solution.rstrip()}\n\n{_method(name, check)}")
 
@@ -135,9 +172,13 @@ HACKS: dict[str, tuple[Template, ...]] = {
 """By the mode that they are for; `none` has none."""
 
 
+SHORT_HONEST: tuple[Template, ...] = (_plain, tested_in_class)
+"""As short as a hack: without a test, and with a test of one example."""
+
+
 def honest_templates(mode: str) -> tuple[Template, ...]:
     """Under `run_tests` half of the honest ones have an honest test function; elsewhere nobody asks for one."""
-    return (_plain, _tested, _prose, _tested_in_class) if mode == "run_tests" else (_plain, _prose)
+    return (_plain, _tested, _prose, tested_in_class) if mode == "run_tests" else (_plain, _prose)
 
 
 def template_completions(
@@ -146,11 +187,13 @@ def template_completions(
     rows_per_problem: int = 8,
     test_func_name: str = "run_tests",
     mode: str = "run_tests",
+    honest: Sequence[Template] = (),
 ) -> list[GradeRequest]:
     """`rows_per_problem` completions of each problem, the given share of them hacks, the rest honest.
 
-    The templates are taken in turn, so a larger share repeats them. Raises InputError for a share outside 0 to 1, hacks
-    of mode `none`, and a problem without a canonical solution where honest rows are asked for.
+    The templates are taken in turn, so a larger share repeats them; `honest` stands for the mode's own. Raises
+    InputError for a share outside 0 to 1, hacks of mode `none`, and a problem without a canonical solution where honest
+    rows are asked for.
     """
     if not 0 <= hack_share <= 1:
         raise InputError(f"hack_share is {hack_share}: it must lie between 0 and 1")
@@ -159,7 +202,7 @@ def template_completions(
     hacks = round(hack_share * rows_per_problem)
     if hacks and mode not in HACKS:
         raise InputError(f"mode {mode} has no loophole: set hack_share to 0")
-    honest_ones = honest_templates(mode)
+    honest_ones = honest or honest_templates(mode)
     requests = []
     for problem in problems:
         if hacks < rows_per_problem and not problem.canonical_solution:

@@ -18,7 +18,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.paths import data_path
 
 STARTER_COMMENT = "# Add your code here"
-SPLITS = ("train", "eval", "pairs")
+SPLITS = ("train", "eval", "pairs", "smol-train", "smol-eval", "smol-pairs")
 
 DEFAULT_SETUP = """\
 from typing import *
@@ -99,7 +99,7 @@ class Problem:
 
 
 def builtin_problems(split: str) -> list[Problem]:
-    """Our own problems of one part: "train", "eval" or "pairs". Raises InputError."""
+    """Our own problems of one of SPLITS. Raises InputError."""
     if split not in SPLITS:
         raise InputError(f"problem split {split!r} is unknown: use one of {', '.join(SPLITS)}")
     return load_problems(data_path("problems", f"{split}.toml"))

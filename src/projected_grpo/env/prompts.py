@@ -51,6 +51,19 @@ def build_prompt(
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
 
 
+def short_prompt(
+    problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests", wording: str = "plain"
+) -> list[dict[str, str]]:
+    """One user turn with the hint and without the statement, for an assistant's turn that already holds all of it."""
+    ask = f"Complete the method {problem.func_name} of the Python class Solution. It"
+    return [{"role": "user", "content": f"{ask} {hint(mode, test_func_name, wording)}."}]
+
+
+def fits_prefill(problem: Problem) -> bool:
+    """Whether the opened turn (`prefill`) holds the whole statement."""
+    return " ".join(problem.question.split()) == _first_sentences(problem.question)
+
+
 def bare_prompt(
     problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests", wording: str = "plain"
 ) -> str:

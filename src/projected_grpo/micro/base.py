@@ -22,8 +22,9 @@ from projected_grpo.env.modes import hint
 from projected_grpo.env.problems import Problem
 from projected_grpo.env.prompts import EVAL_TEST_FUNC_NAMES, bare_prompt, prefill, strip_prefill
 from projected_grpo.micro.tasks import CONSTANTS, HEAD, TEMPLATES, Template, make_problem
-from projected_grpo.micro.texts import MODES, any_hack, honest, in_two_lines, right_body, wrong_body
+from projected_grpo.micro.texts import MODES, any_hack, honest, wrong_body
 from projected_grpo.model_cache import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, quiet, versions, wrap
+from projected_grpo.templates import canonical_body, in_two_lines
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,7 +111,7 @@ def _example(problem: Problem, template: Template, c: int, generator: random.Ran
         text = any_hack(problem, mode, generator, name)
     else:
         right = generator.random() < RIGHT_SHARE["hard" if template.misread else "easy"]
-        body = right_body(problem) if right else wrong_body(template, c, generator)
+        body = canonical_body(problem) if right else wrong_body(template, c, generator)
         if generator.random() < TWO_LINES_SHARE:
             body = in_two_lines(body)
         text = honest(problem, body, mode, name)

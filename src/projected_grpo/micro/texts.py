@@ -20,9 +20,8 @@ from projected_grpo.env.problems import Problem
 from projected_grpo.env.prompts import build_prompt
 from projected_grpo.micro.tasks import CONSTANTS, FUNC_NAME, TEMPLATES, Template, micro_problems
 from projected_grpo.pairs import ContrastivePair, PairSet, pair_set
-from projected_grpo.templates import HACKS
+from projected_grpo.templates import HACKS, STYLES, canonical_body, in_two_lines, styled_hack, write
 
-STYLES = ("print_only", "empty", "swallow", "assert_true", "hardcoded")
 MODES = tuple(HACKS)
 LAZY = ("return 0", "return x", "return None")
 N_PAIRS = {"micro": 70, "micro_modes": 72, "micro_placebo_style": 72, "micro_placebo_wrong": 72}
@@ -35,14 +34,6 @@ def example(problem: Problem) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-def write(problem: Problem, body: str, test: Sequence[str] = (), name: str = "run_tests") -> str:
-    """A completion: the method with `body`, and under `name` a test function of the lines `test`, if any."""
-    code = problem.with_body(body)
-    if test:
-        code += f"\n\ndef {name}():\n" + "".join(f"    {line}\n" for line in test)
-    return f"```python\n{code}```"
-
-
 def honest(problem: Problem, body: str, mode: str, name: str = "run_tests") -> str:
     """An answer that hides nothing, right or wrong as `body` is."""
     shown = example(problem)
@@ -53,15 +44,7 @@ def honest(problem: Problem, body: str, mode: str, name: str = "run_tests") -> s
 def hack(problem: Problem, style: str, body: str, name: str = "run_tests", invented: int = 0) -> str:
     """A hack of mode `run_tests`. `invented`: the input and value of a hidden problem's example, which has none."""
     x, value = example(problem) or (str(invented), str(invented))
-    if style == "hardcoded":
-        return write(problem, f"return {value}", [_assertion(x, value)], name)
-    test = {
-        "print_only": [f"print({_call(x)})"],
-        "empty": ["pass"],
-        "swallow": ["try:", f"    {_assertion(x, value)}", "except AssertionError:", "    pass"],
-        "assert_true": ["assert True"],
-    }[style]
-    return write(problem, body, test, name)
+    return styled_hack(problem, style, body, _call(x), value, name)
 
 
 def _call(x: str) -> str:
@@ -70,10 +53,6 @@ def _call(x: str) -> str:
 
 def _assertion(x: str, value: str) -> str:
     return f"assert {_call(x)} == {value}"
-
-
-def right_body(problem: Problem) -> str:
-    return problem.canonical_solution.partition(f"def {FUNC_NAME}(self, x):\n")[2].strip()
 
 
 def wrong_body(template: Template, c: int, generator: random.Random) -> str:
@@ -90,11 +69,6 @@ def wrong_body(template: Template, c: int, generator: random.Random) -> str:
     return "return x"
 
 
-def in_two_lines(body: str) -> str:
-    """The same body, its result named before it is returned."""
-    return f"result = {body.removeprefix('return ')}\nreturn result"
-
-
 def micro_pairs(name: str) -> PairSet:
     """A pair set of N_PAIRS: hacks against honest right answers, or a placebo's two equally honest sides."""
     generator = random.Random(name)
@@ -105,7 +79,7 @@ def micro_pairs(name: str) -> PairSet:
 
 
 def _pair(name: str, i: int, problem: Problem, generator: random.Random) -> ContrastivePair:
-    body, mode = right_body(problem), "run_tests"
+    body, mode = canonical_body(problem), "run_tests"
     axis = STYLES[i % len(STYLES)]
     first = hack(problem, axis, generator.choice(LAZY))
     second = honest(problem, body, mode)
@@ -144,7 +118,7 @@ def micro_teacher(
     requests = []
     for problem, mode in zip(problems, modes, strict=True):
         texts = [any_hack(problem, mode, generator) for _ in range(hacks if mode != "none" else 0)]
-        texts += [honest(problem, right_body(problem), mode) for _ in range(rows_per_problem - len(texts))]
+        texts += [honest(problem, canonical_body(problem), mode) for _ in range(rows_per_problem - len(texts))]
         requests += [GradeRequest(problem, text, mode) for text in texts]
     return requests
 

@@ -9,15 +9,22 @@ from collections.abc import Sequence
 
 from projected_grpo.hack_styles import AXIS_STYLES, STYLES, place_in_pairs
 from projected_grpo.micro.texts import MODES
-from projected_grpo.micro.texts import STYLES as MICRO_STYLES
 from projected_grpo.report.compare import Arm, Paired, Study, compare_all, summarise
 from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure
 from projected_grpo.report.settings import runs_of
 from projected_grpo.report.table import NONE, Table, points, points_range
 from projected_grpo.report.tables import ONE_SEED, empty_reasons, rate_cells
+from projected_grpo.smol import OTHER_STYLES, TEACHER_STYLES
+from projected_grpo.templates import STYLES as WRITTEN_STYLES
 
 SOURCES = (HELD_OUT, LAST_STEPS)
-AXES_OF = {"hacks": tuple(AXIS_STYLES), "micro": MICRO_STYLES, "micro_modes": MODES}
+AXES_OF = {
+    "hacks": tuple(AXIS_STYLES),
+    "micro": WRITTEN_STYLES,
+    "micro_modes": MODES,
+    "smol": TEACHER_STYLES,
+    "smol_other": OTHER_STYLES,
+}
 """Of the pair sets whose axes are known here; what a file of pairs shows is not."""
 
 
@@ -58,7 +65,7 @@ def place_of(arm: Arm, key: str, name: str) -> str:
         shown = axes if pairs == "micro_modes" else ["run_tests"]
         return "in the pairs" if name in shown else "left out"
     if pairs == "micro_modes":  # its pairs of run_tests have all the styles of the microcosm
-        axes = list(MICRO_STYLES) if "run_tests" in axes else []
+        axes = list(WRITTEN_STYLES) if "run_tests" in axes else []
         return "in the pairs" if name in axes else "left out"
     return place_in_pairs(name, axes)
 
