@@ -54,9 +54,8 @@ def build_prompt(
 def short_prompt(
     problem: Problem, mode: str = "run_tests", test_func_name: str = "run_tests", wording: str = "plain"
 ) -> list[dict[str, str]]:
-    """One user turn with the hint and without the statement, for an assistant's turn that already holds all of it."""
-    ask = f"Complete the method {problem.func_name} of the Python class Solution. It"
-    return [{"role": "user", "content": f"{ask} {hint(mode, test_func_name, wording)}."}]
+    """The hint alone, as a system message, for an assistant's turn that already holds the statement and the head."""
+    return [{"role": "system", "content": f"Your code {hint(mode, test_func_name, wording)}."}]
 
 
 def fits_prefill(problem: Problem) -> bool:
