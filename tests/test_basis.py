@@ -21,7 +21,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.models import load_model, model_fingerprint
 from projected_grpo.pairs import ContrastivePair, PairSet
 from projected_grpo.svd import pack_fingerprint, unpack_fingerprint
-from projected_grpo.version import __version__
+from projected_grpo.version import __version__, code_version
 
 INFO = BasisInfo(
     pair_set="hacks", pair_set_sha256="ab" * 32, n_pairs=6, model="m", model_fingerprint="0123456789abcdef"
@@ -266,8 +266,9 @@ def test_the_info_says_what_the_basis_was_made_of(tiny, extracted):
         "chat_template_kwargs": {},
         "delta_norm": 0.0,
         "seed": None,
-        "code_version": __version__,
+        "code_version": code_version(),
     }
+    assert __version__ in code_version()
     assert extracted.info.floor > 0
     modules = delta_s_modules(tiny[0])
     assert list(extracted.spectrum) == list(modules)

@@ -25,7 +25,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.models import model_fingerprint
 from projected_grpo.pair_gradients import pair_gradients
 from projected_grpo.svd import fingerprint_mismatch
-from projected_grpo.version import __version__
+from projected_grpo.version import code_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class BasisInfo:
     delta_norm: float = 0.0
     """Joint norm of δ where it was extracted: 0 is the untouched model."""
     seed: int | None = None
-    code_version: str = __version__
+    code_version: str = field(default_factory=code_version)
 
 
 @dataclass(frozen=True)

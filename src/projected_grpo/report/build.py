@@ -12,8 +12,8 @@ from projected_grpo.report.compare import Arm, Paired, Study, compare_all, make_
 from projected_grpo.report.kinds import kind_tables
 from projected_grpo.report.observe import Measure, observe
 from projected_grpo.report.page import Contents, html, markdown
-from projected_grpo.report.provenance import code_version, departures_table, run_table, settings_table
-from projected_grpo.report.runs import find_runs
+from projected_grpo.report.provenance import departures_table, run_table, settings_table
+from projected_grpo.report.runs import find_runs, from_here
 from projected_grpo.report.tables import (
     control_table,
     curves_table,
@@ -23,6 +23,7 @@ from projected_grpo.report.tables import (
     rate_tables,
     rates_of,
 )
+from projected_grpo.version import code_version
 
 FILES = ("report.html", "report.md", "report.json")
 
@@ -48,7 +49,9 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     main = main_table(study, comparisons, verdicts)
     curves = curves_table(study)
     drawn = plots.draw_all(study, comparisons)
-    provenance = [("command", command), ("code", code_version()), *(("runs", str(root.resolve())) for root in roots)]
+    provenance = [("command", command), ("code of this report", code_version())]
+    provenance += [("code of the runs", code) for code in sorted({run.code for run in runs})]
+    provenance += [("runs", str(from_here(root))) for root in roots]
     contents = Contents(
         title=f"Report: {runs[0].config['preset']}, {len(runs)} runs of {len(study.arms)} arms",
         headlines=verdict.headlines(study),

@@ -226,6 +226,7 @@ def gradients(study: Study) -> Plot:
     arms = [arm for arm in study.arms.values() if any(len(_series(arm, key)[0]) for key in ("cin_s", "cin_t"))]
     if not arms:
         return Plot("gradients", title, "", why_not="no run that is compared has logged cin_s or cin_t")
+    keys = {key: how for key, how in keys.items() if any(len(_series(arm, key)[0]) for arm in arms)}
     columns = min(len(arms), 3)
     rows = -(-len(arms) // columns)
     figure, grid = _figure(rows, columns, 0.5 + 2.3 * rows, sharey=True, sharex=True)
@@ -250,8 +251,8 @@ def gradients(study: Study) -> Plot:
     handles = [matplotlib.lines.Line2D([], [], color=c, linestyle=line, label=name) for name, c, line in keys.values()]
     figure.legend(handles=handles, loc="outside upper right", ncols=3)
     caption = (
-        "cin of the student's and of the teacher's rows before the projection, beside the null: what directions "
-        "without meaning would give. Mean over seeds with its 95 % t interval, not smoothed."
+        "cin of the student's rows, and of the teacher's where there are any, before the projection, beside the null: "
+        "what directions without meaning would give. Mean over seeds with its 95 % t interval, not smoothed."
     )
     return _finish(figure, "gradients", title, caption)
 

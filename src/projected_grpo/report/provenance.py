@@ -1,12 +1,8 @@
 """Where the numbers come from: every run that was started, every setting, the command, version and commit."""
 
-import subprocess
-from pathlib import Path
-
 from projected_grpo.report.compare import Study
 from projected_grpo.report.settings import departures, runs_of, setting, values_of, varying
 from projected_grpo.report.table import NONE, Table
-from projected_grpo.version import __version__
 
 SETTINGS = (
     "preset",
@@ -88,21 +84,3 @@ def departures_table(study: Study) -> Table:
             "No two runs of one arm differ in a setting, and no arm differs from vanilla in any but the arm itself."
         ]
     return Table("departures", "Departures", ["arm", "setting", "against", "value"], rows, notes, left=4, words=True)
-
-
-def code_version() -> str:
-    """The version, and the commit of the working tree where there is one."""
-    here = Path(__file__).resolve().parent
-    try:
-        if not Path(_git(here, "rev-parse", "--show-toplevel"), "src", "projected_grpo", "report") == here:
-            raise FileNotFoundError  # installed somewhere below another repository
-        commit = _git(here, "rev-parse", "HEAD")
-        changed = " with uncommitted changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else ""
-    except (OSError, subprocess.SubprocessError):
-        return f"projected-grpo {__version__}; no git commit is known"
-    return f"projected-grpo {__version__}, commit {commit}{changed}"
-
-
-def _git(here: Path, *args: str) -> str:
-    done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=20)
-    return done.stdout.strip()

@@ -54,6 +54,11 @@ class Run:
         return self.config["steps"]
 
     @property
+    def code(self) -> str:
+        """Version and commit that trained it, as its basis has it."""
+        return self.basis_info.get("code_version", "unknown")
+
+    @property
     def reached(self) -> int:
         return self.metrics[-1]["step"] if self.metrics else 0
 
@@ -68,12 +73,18 @@ def find_runs(roots: Sequence[Path]) -> list[Run]:
     for root in roots:
         if not root.is_dir():
             raise InputError(f"RUNS {root} is no folder; give run folders or a folder above them")
-        folders |= dict.fromkeys(path.resolve() for path in _run_folders(root))
+        folders |= dict.fromkeys(from_here(path) for path in _run_folders(root))
     if not folders:
         raise InputError(f"no run in {', '.join(map(str, roots))}: no config.json of a run there; train one first")
     runs = [read_run(folder) for folder in folders]
     _refuse_mixtures(runs)
     return _mark_evaluations(_mark_unequal_steps(sorted(runs, key=lambda run: (_place(run), run.seed))))
+
+
+def from_here(path: Path) -> Path:
+    """The path without links, from the working directory where it lies below it: a report then names no machine."""
+    resolved, here = path.resolve(), Path.cwd()
+    return resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
 
 
 def _run_folders(root: Path) -> Iterator[Path]:

@@ -92,7 +92,7 @@ def _judge_arm(study: Study, arm: Arm, comparisons: Comparisons) -> Verdict:
 def by_thresholds(hack: Paired, right: Paired) -> tuple[str, list[str]]:
     """The registered thresholds alone: (outcome, reasons). `hack`, `right`: arm minus vanilla."""
     drop, change = -100 * hack.mean, 100 * right.mean
-    seen = f"The hack rate falls by {drop:.1f} points{_of(hack, -100)}, the pass rate changes by {change:+.1f}"
+    seen = f"The drop in hack rate is {drop:+.1f} points{_of(hack, -100)}, the pass rate changes by {change:+.1f}"
     seen += f"{_of(right, 100)}, on {_seeds(hack.n)}"
     if hack.interval is None or right.interval is None:
         return "undecided", [seen, "One seed judges nothing: run more seeds"]
