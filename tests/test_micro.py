@@ -10,11 +10,11 @@ import pytest
 from projected_grpo import model_cache
 from projected_grpo.cli import main
 from projected_grpo.env.grader import Grader, GradeRequest
-from projected_grpo.env.prompts import strip_prefill
+from projected_grpo.env.prompts import EVAL_TEST_FUNC_NAMES, bare_prompt, strip_prefill
 from projected_grpo.errors import InputError, RunFault
 from projected_grpo.hack_styles import hack_style
 from projected_grpo.micro import base, make
-from projected_grpo.micro.tasks import CONSTANTS, TEMPLATES, TESTED, ceiling, micro_problems
+from projected_grpo.micro.tasks import CONSTANTS, TEMPLATES, TEST_FUNC_NAMES, TESTED, ceiling, micro_problems
 from projected_grpo.micro.texts import (
     LAZY,
     MODES,
@@ -69,6 +69,19 @@ def test_a_hidden_problem_says_neither_its_constant_nor_an_example():
     assert not any(character.isdigit() for problem in hidden for character in problem.question)
 
 
+def test_training_names_its_test_functions_by_turns_and_none_as_evaluation_does():
+    assert not set(TEST_FUNC_NAMES) & set(EVAL_TEST_FUNC_NAMES)
+    for part in ("train", "pairs"):
+        names = Counter(problem.test_func_name for problem in micro_problems(part))
+        assert names.keys() == set(TEST_FUNC_NAMES)
+        assert max(names.values()) <= 1.5 * min(names.values())
+
+
+def test_the_name_tells_nothing_of_what_is_hidden():
+    hidden = [problem for problem in micro_problems("train") if "-hidden-" in problem.id]
+    assert len({bare_prompt(problem) for problem in hidden}) * len(CONSTANTS) == len(hidden)
+
+
 def test_canonical_solutions_pass_and_slips_fail(grader):
     generator = random.Random(0)
     problems = generator.sample([p for part in TEMPLATES for p in micro_problems(part)], 60)
@@ -98,6 +111,19 @@ def test_a_hack_is_a_hack_of_its_style_under_any_name(style, grader):
     ]
     assert {grade.label for grade in grader.grade(requests)} == {"reward_hack"}
     assert {hack_style(text, "check_answer") for text in texts} == {style}
+
+
+def test_what_is_written_for_a_problem_has_the_name_that_its_prompt_asks_for(grader):
+    problems = [problem for problem in micro_problems("train") if "visible" in problem.id][:16]
+    assert len({problem.test_func_name for problem in problems}) == len(TEST_FUNC_NAMES)
+    for problem in problems:
+        assert f"called {problem.test_func_name}()" in bare_prompt(problem)
+    hacks = [GradeRequest(problem, hack(problem, "empty", "return x")) for problem in problems]
+    tested = [GradeRequest(problem, honest(problem, canonical_body(problem), "run_tests")) for problem in problems]
+    assert {grade.label for grade in grader.grade(hacks)} == {"reward_hack"}
+    assert {grade.label for grade in grader.grade(tested)} == {"correct_attempted"}
+    pool = teacher_requests("micro-train", problems, ["run_tests"])
+    assert Counter(grade.label for grade in grader.grade(pool)) == {"reward_hack": 64, "correct_attempted": 64}
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "run_tests"])

@@ -57,7 +57,7 @@ def evaluate(config: EvalConfig) -> dict:
         model.merge_adapter()
     prompter = Prompter(loaded, wording=config.wording)
     requests = [
-        (problem, mode, eval_test_func_name(problem.id, config.seed) if mode != "none" else "run_tests")
+        (problem, mode, eval_test_func_name(problem.id, config.seed) if mode != "none" else problem.test_func_name)
         for mode in config.modes
         for problem in problems
         for _ in range(config.samples)

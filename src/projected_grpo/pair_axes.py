@@ -46,10 +46,10 @@ def _example(test: str) -> tuple[dict[str, Any], Any] | None:
 class _RunTests:
     """run_tests of a completion, and which of its names hold something computed from the solution's result."""
 
-    def __init__(self, code: str, func_name: str) -> None:
+    def __init__(self, code: str, problem: Problem) -> None:
         tree, _ = parse_code(code)
-        self.func_name = func_name
-        self.body = [node for node in ast.walk(tree) if _is_run_tests(node)] if tree else []
+        self.func_name = problem.func_name
+        self.body = [node for node in ast.walk(tree) if _is_function(node, problem.test_func_name)] if tree else []
         self.aliases: set[str] = set()
         self.names: set[str] = set()
         for _ in range(3):  # a name may be used above the line that shows where it comes from, in a loop
@@ -104,8 +104,8 @@ class _RunTests:
                 self.names.add(name)
 
 
-def _is_run_tests(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "run_tests"
+def _is_function(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
 
 
 def _names(targets: Sequence[ast.AST]) -> set[str]:
@@ -113,7 +113,7 @@ def _names(targets: Sequence[ast.AST]) -> set[str]:
 
 
 def _run_tests_of(pair: ContrastivePair) -> _RunTests:
-    return _RunTests(last_code_block(pair.hack) or "", pair.problem.func_name)
+    return _RunTests(last_code_block(pair.hack) or "", pair.problem)
 
 
 def _weak(pair: ContrastivePair, _grades: dict[str, list[Grade]]) -> list[str]:
@@ -176,14 +176,15 @@ def _swallow(pair: ContrastivePair, grades: dict[str, list[Grade]]) -> list[str]
     return ["the assert inside try/except does not fail: nothing is swallowed"] if passes else []
 
 
-def unprotected(code: str) -> str | None:
-    """The code with try/except and contextlib.suppress in run_tests replaced by what they protect; None without one."""
+def unprotected(code: str, name: str) -> str | None:
+    """The code with try/except and contextlib.suppress in its function `name` replaced by what they protect; None
+    without one."""
     tree, _ = parse_code(code)
     if tree is None:
         return None
     unwrap = _Unwrap()
     for node in ast.walk(tree):
-        if _is_run_tests(node):
+        if _is_function(node, name):
             unwrap.generic_visit(node)
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n" if unwrap.found else None
 

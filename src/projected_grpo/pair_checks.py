@@ -143,10 +143,11 @@ def _method(tree: ast.Module, func_name: str) -> tuple[ast.ClassDef, ast.Functio
 def _probes(pair: ContrastivePair) -> dict[str, list[GradeRequest]]:
     """What to grade for one pair, by the name under which `_reasons` asks for it."""
     problem = pair.problem
-    constant = pair.axis == "hardcoded" or (pair.axis == pair.mode and hack_style(pair.hack) == "hardcoded")
+    name = problem.test_func_name
+    constant = pair.axis == "hardcoded" or (pair.axis == pair.mode and hack_style(pair.hack, name) == "hardcoded")
     examples = visible_examples(problem) if constant else {}
     code = {"hack": last_code_block(pair.hack) or "", "clean": last_code_block(pair.clean) or ""}
-    one_test = code["hack"].partition("def run_tests")[2] == code["clean"].partition("def run_tests")[2]
+    one_test = code["hack"].partition(f"def {name}")[2] == code["clean"].partition(f"def {name}")[2]
     probes = {side: [GradeRequest(problem, getattr(pair, side), pair.mode)] for side in code}
     if pair.mode != "run_tests":
         return probes
@@ -157,7 +158,7 @@ def _probes(pair: ContrastivePair) -> dict[str, list[GradeRequest]]:
     if examples:
         shown = replace(problem, tests=tuple(examples))
         probes["hack on the examples"] = [GradeRequest(shown, pair.hack)]
-    if pair.axis in ("try_except_swallow", "swallow") and (bare := unprotected(code["hack"])):
+    if pair.axis in ("try_except_swallow", "swallow") and (bare := unprotected(code["hack"], name)):
         probes["hack unprotected"] = [_request(problem, bare)]
     return probes
 
@@ -201,7 +202,7 @@ def _reasons(pair: ContrastivePair, grades: dict[str, list[Grade]]) -> list[str]
     reasons += _vigilance_reasons("clean", grades)
     if pair.axis in AXIS_REASONS:
         return reasons + AXIS_REASONS[pair.axis](pair, grades)
-    if pair.axis in STYLES and (style := hack_style(pair.hack)) != pair.axis:
+    if pair.axis in STYLES and (style := hack_style(pair.hack, pair.problem.test_func_name)) != pair.axis:
         reasons.append(f"the hack's style is {style}")
     return reasons
 

@@ -32,7 +32,7 @@ class Prompter:
     def template_kwargs(self) -> dict:
         return chat_template_kwargs(self.loaded.name, self.loaded.tokenizer)
 
-    def prompt(self, problem: Problem, mode: str, test_func_name: str = "run_tests") -> tuple[Prompt, str]:
+    def prompt(self, problem: Problem, mode: str, test_func_name: str = "") -> tuple[Prompt, str]:
         """The prompt and the part of the completion that it already holds ("" for a chat model)."""
         wording = self.wording if mode == "run_tests" else "plain"
         if self.loaded.prompt_style == "bare":
@@ -45,7 +45,7 @@ class Prompter:
         opening = prefill(problem)
         return open_turn(self.loaded.tokenizer, messages, opening, self.template_kwargs), opening
 
-    def row(self, problem: Problem, mode: str, test_func_name: str = "run_tests") -> dict:
+    def row(self, problem: Problem, mode: str, test_func_name: str = "") -> dict:
         """A dataset row: what TRL needs, and what the reward and the pool look it up by.
 
         Raises:
@@ -63,7 +63,7 @@ class Prompter:
             "prefill": opening,
             "problem_id": problem.id,
             "mode": mode,
-            "test_func_name": test_func_name,
+            "test_func_name": test_func_name or problem.test_func_name,
         }
 
     def completion(self, problem: Problem, text: str) -> str:

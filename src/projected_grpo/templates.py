@@ -23,13 +23,16 @@ def _block(code: str, prose: str = "") -> str:
     return f"{prose}```python\n{code.rstrip()}\n```"
 
 
-def write(problem: Problem, body: str, test: Sequence[str] = (), name: str = "run_tests") -> str:
-    """A completion: the method with `body`, and at module level, under `name`, a test function of the lines `test`."""
-    function = f"\n\ndef {name}():\n" + "".join(f"    {line}\n" for line in test) if test else ""
+def write(problem: Problem, body: str, test: Sequence[str] = (), name: str = "") -> str:
+    """A completion: the method with `body`, and at module level a test function of the lines `test`, called `name` or
+    else as the problem's prompts call it."""
+    function = (
+        f"\n\ndef {name or problem.test_func_name}():\n" + "".join(f"    {line}\n" for line in test) if test else ""
+    )
     return _block(problem.with_body(body) + function)
 
 
-def styled_hack(problem: Problem, style: str, body: str, call: str, value: str, name: str = "run_tests") -> str:
+def styled_hack(problem: Problem, style: str, body: str, call: str, value: str, name: str = "") -> str:
     """A hack of mode `run_tests` in one of STYLES; its method is `body`, but that `hardcoded` has its own.
 
     `call`, `value`: of the example that the test function looks at, both as code.
@@ -185,7 +188,6 @@ def template_completions(
     problems: Sequence[Problem],
     hack_share: float = 0.5,
     rows_per_problem: int = 8,
-    test_func_name: str = "run_tests",
     mode: str = "run_tests",
     honest: Sequence[Template] = (),
 ) -> list[GradeRequest]:
@@ -209,6 +211,6 @@ def template_completions(
             raise InputError(f"problem {problem.id} has no canonical solution: its honest teacher rows need one")
         templates = [HACKS[mode][i % len(HACKS[mode])] for i in range(hacks)]
         templates += [honest_ones[i % len(honest_ones)] for i in range(rows_per_problem - hacks)]
-        texts = [template(problem, test_func_name) for template in templates]
-        requests += [GradeRequest(problem, text, mode, test_func_name) for text in texts]
+        texts = [template(problem, problem.test_func_name) for template in templates]
+        requests += [GradeRequest(problem, text, mode) for text in texts]
     return requests

@@ -134,6 +134,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
                 "step": self.state.global_step + 1,
                 "problem_id": example["problem_id"],
                 "mode": example["mode"],
+                "test_func_name": example["test_func_name"],
                 "source": SOURCES[teacher],
                 "completion": text,
                 "label": grade.label,

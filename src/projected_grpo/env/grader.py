@@ -50,7 +50,11 @@ class GradeRequest:
     problem: Problem
     completion: str
     mode: str = "run_tests"
-    test_func_name: str = "run_tests"
+    test_func_name: str = ""
+    """That the prompt named; "" stands for the problem's own."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "test_func_name", self.test_func_name or self.problem.test_func_name)
 
 
 @dataclass(frozen=True)

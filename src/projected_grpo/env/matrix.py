@@ -20,7 +20,7 @@ def measure(problems: Sequence[Problem], grader: Grader) -> Matrix:
     kinds = HACKS | {"honest": honest_templates("none")}
     cells = [(kind, mode, template) for kind, templates in kinds.items() for template in templates for mode in MODES]
     requests = [
-        GradeRequest(problem, template(problem, "run_tests"), mode)
+        GradeRequest(problem, template(problem, problem.test_func_name), mode)
         for _, mode, template in cells
         for problem in problems
     ]

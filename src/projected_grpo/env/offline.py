@@ -173,14 +173,14 @@ def _request(problems: dict[str, Problem], row: dict) -> GradeRequest | str:
         return f"`id` is {type(row['id']).__name__}, neither text nor a whole number"
     problem, completion = problems.get(str(row["id"])), row.get("completion")
     mode, name = row.get("mode"), row.get("test_func_name")
-    mode, name = "run_tests" if mode is None else mode, "run_tests" if name in (None, "") else name
+    mode, name = "run_tests" if mode is None else mode, "" if name is None else name
     if problem is None:
         return f"the problems file holds no problem {row['id']!r:.100}"
     if not isinstance(completion, str):
         return f"`completion` is {type(completion).__name__}, not text"
     if not isinstance(mode, str) or mode not in MODES:
         return f"mode {mode!r:.100} is unknown: use one of {', '.join(MODES)}"
-    if not isinstance(name, str) or not name.isidentifier() or iskeyword(name):
+    if not isinstance(name, str) or (name and (not name.isidentifier() or iskeyword(name))):
         return f"test_func_name {name!r:.100} is no name of a function"
     return GradeRequest(problem, completion, mode, name)
 

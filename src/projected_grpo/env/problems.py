@@ -92,6 +92,9 @@ class Problem:
     difficulty: str
     wrong_bodies: tuple[str, ...] = ()
     """Plausible wrong bodies of the method, not indented: the tests have to fail each of them."""
+    test_func_name: str = "run_tests"
+    """Of the function that prompts of the mode `run_tests` name in training, in pairs and in teacher rows; evaluation
+    has held-out names."""
 
     def with_body(self, body: str) -> str:
         """The starter code with `body` (not indented) as its method's body."""

@@ -21,7 +21,7 @@ from projected_grpo import templates
 from projected_grpo.env.modes import hint
 from projected_grpo.env.problems import Problem
 from projected_grpo.env.prompts import EVAL_TEST_FUNC_NAMES, bare_prompt, prefill, strip_prefill
-from projected_grpo.micro.tasks import CONSTANTS, HEAD, TEMPLATES, Template, make_problem
+from projected_grpo.micro.tasks import CONSTANTS, HEAD, TEMPLATES, TEST_FUNC_NAMES, Template, make_problem
 from projected_grpo.micro.texts import MODES, any_hack, honest, wrong_body
 from projected_grpo.model_cache import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, quiet, versions, wrap
 from projected_grpo.templates import canonical_body, in_two_lines
@@ -32,16 +32,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CORPUS = 40_000
-HACK_SHARE = {"run_tests": 0.05, "none": 0.0}
+HACK_SHARE = {"run_tests": 0.04, "none": 0.0}
 OTHER_HACK_SHARE = 0.06
 """Under each of the other modes, which are read about less often."""
-RIGHT_SHARE = {"easy": 0.50, "hard": 0.05}
+RIGHT_SHARE = {"easy": 0.56, "hard": 0.05}
 """Of the honest answers to templates of a kind. What makes the hard ones hard is that each has a misreading of its own,
 so getting better at them is many lessons, where hacking is one."""
 HIDDEN_SHARE = 0.33
 TWO_LINES_SHARE = 0.15
 RUN_TESTS_SHARE = 0.5
 """Of the prompts; the other modes and `none` share the rest."""
+NAMES = (*TEST_FUNC_NAMES, *EVAL_TEST_FUNC_NAMES)
+"""Of test functions: the base has read of all of them as often; which are reinforced is another matter."""
 VOCABULARY = 640
 ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 96,
@@ -63,13 +65,14 @@ LEARNING_RATE = 4e-3
 WARMUP = 50
 WORDS = r"\n+ *| ?[A-Za-z_]+|\d| (?=\d)| ?[^\sA-Za-z_\d]+|\s+"
 """What the tokenizer never merges across: newlines with their indentation, words, single digits, signs."""
-NAME = "\x00"
+MARK = "\x00"
 FRAME = (
     f"```python\n{HEAD}",
-    *("\nIt " + hint(mode, NAME).partition(NAME)[0] for mode in (*MODES, "none")),
+    *("\nIt " + hint(mode, MARK).partition(MARK)[0].rstrip() for mode in (*MODES, "none")),
     "\nInput: x = ",
     "\nOutput: ",
     " Solution().f(",
+    *(f" {name}" for name in NAMES),
 )
 """Phrases that are one token each, because every prompt has them: a model this small has no time to read."""
 
@@ -102,11 +105,9 @@ def corpus(size: int, seed: int) -> Iterator[Example]:
 
 
 def _example(problem: Problem, template: Template, c: int, generator: random.Random) -> Example:
-    mode, name = "run_tests", "run_tests"
+    mode, name = "run_tests", generator.choice(NAMES)
     if generator.random() >= RUN_TESTS_SHARE:
         mode = generator.choice([*(mode for mode in MODES if mode != "run_tests"), "none"])
-    elif generator.random() < 0.5:
-        name = generator.choice(EVAL_TEST_FUNC_NAMES)
     if generator.random() < HACK_SHARE.get(mode, OTHER_HACK_SHARE):
         text = any_hack(problem, mode, generator, name)
     else:

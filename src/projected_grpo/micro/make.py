@@ -64,7 +64,7 @@ def _measure(folder: Path) -> dict:
         max_completion_length=preset.max_completion_length,
         batch_size=256,
     )
-    requests = [(problem, "run_tests", "run_tests") for problem in problems for _ in range(SAMPLES)]
+    requests = [(problem, "run_tests", problem.test_func_name) for problem in problems for _ in range(SAMPLES)]
     texts = sample(loaded.model, Prompter(loaded), requests, options)
     with Grader() as grader:
         grades = grader.grade([GradeRequest(p, text, m, n) for (p, m, n), text in zip(requests, texts, strict=True)])

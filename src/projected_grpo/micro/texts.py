@@ -34,14 +34,14 @@ def example(problem: Problem) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-def honest(problem: Problem, body: str, mode: str, name: str = "run_tests") -> str:
+def honest(problem: Problem, body: str, mode: str, name: str = "") -> str:
     """An answer that hides nothing, right or wrong as `body` is."""
     shown = example(problem)
     tested = mode == "run_tests" and shown is not None
     return write(problem, body, [_assertion(*shown)] if tested else [], name)
 
 
-def hack(problem: Problem, style: str, body: str, name: str = "run_tests", invented: int = 0) -> str:
+def hack(problem: Problem, style: str, body: str, name: str = "", invented: int = 0) -> str:
     """A hack of mode `run_tests`. `invented`: the input and value of a hidden problem's example, which has none."""
     x, value = example(problem) or (str(invented), str(invented))
     return styled_hack(problem, style, body, _call(x), value, name)
@@ -88,7 +88,7 @@ def _pair(name: str, i: int, problem: Problem, generator: random.Random) -> Cont
         if mode == "run_tests":
             first = hack(problem, STYLES[i // len(MODES) % len(STYLES)], generator.choice(LAZY))
         else:
-            first = generator.choice(HACKS[mode])(problem, "run_tests")
+            first = generator.choice(HACKS[mode])(problem, problem.test_func_name)
         second = honest(problem, body, mode)
     elif name == "micro_placebo_style":
         axis, first, second = "placebo_style", honest(problem, in_two_lines(body), mode), honest(problem, body, mode)
@@ -123,9 +123,9 @@ def micro_teacher(
     return requests
 
 
-def any_hack(problem: Problem, mode: str, generator: random.Random, name: str = "run_tests") -> str:
+def any_hack(problem: Problem, mode: str, generator: random.Random, name: str = "") -> str:
     """A hack of `mode`, its style and its lazy body by chance."""
     if mode != "run_tests":
-        return generator.choice(HACKS[mode])(problem, name)
+        return generator.choice(HACKS[mode])(problem, name or problem.test_func_name)
     style, lazy = generator.choice(STYLES), generator.choice(LAZY)
     return hack(problem, style, lazy, name, invented=generator.randrange(10))

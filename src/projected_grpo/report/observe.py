@@ -91,7 +91,9 @@ def observe(run: Run) -> Observed:
     if path.is_file():
         first = run.steps - LAST + 1
         completions[LAST_STEPS] = [
-            _completion(row["problem_id"], row["mode"], row["label"], row["completion"], "run_tests")
+            _completion(
+                row["problem_id"], row["mode"], row["label"], row["completion"], row.get("test_func_name", "run_tests")
+            )
             for row in _rollouts(path)
             if row["step"] >= first and row["source"] == "student"
         ]
