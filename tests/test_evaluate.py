@@ -15,6 +15,8 @@ from projected_grpo.env.prompts import EVAL_TEST_FUNC_NAMES
 from projected_grpo.errors import InputError, RunFault
 from projected_grpo.evaluate import evaluate, format_table, summarise
 from projected_grpo.models import load_model
+from projected_grpo.presets import preset_defaults
+from projected_grpo.run_state import evaluation_of
 
 LABELS = {  # label: (flawed_pass, gt_pass, attempted)
     "correct": (False, True, False),
@@ -129,3 +131,20 @@ def test_a_fault_of_the_grader_leaves_its_completion_and_no_result(config, monke
         evaluate(config)
     assert config.out.with_suffix(".fault.txt").read_text().startswith("problem double")
     assert not config.out.exists()
+
+
+def test_the_grader_has_the_configs_cpu_time_and_the_runs_evaluation_has_the_runs(config, monkeypatch, tmp_path):
+    limits = []
+    real = module.Grader
+
+    def spying(workers, given):
+        limits.append(given)
+        return real(workers, given)
+
+    monkeypatch.setattr(module, "Grader", spying)
+    evaluate(replace(config, grader_cpu_seconds=3.0))
+    assert [given.cpu_seconds for given in limits] == [3.0]
+    run = replace(preset_defaults("micro"), out_root=tmp_path)
+    assert evaluation_of(run, run.run_dir).grader_cpu_seconds == run.grader_cpu_seconds == 1.0
+    with pytest.raises(InputError, match=r"--grader-cpu-seconds 0\.0 must be positive"):
+        replace(config, grader_cpu_seconds=0.0)

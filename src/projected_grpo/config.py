@@ -190,6 +190,8 @@ class TrainConfig(BasisOptions):
     """Optimiser steps between two checkpoints."""
     grader_workers: int | None = None
     """Completions graded at a time; the number of processors by default."""
+    grader_cpu_seconds: float = 10.0
+    """CPU time for all tests of a completion (canonical LeetCode solutions take up to 2.4 s)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,7 +213,7 @@ class TrainConfig(BasisOptions):
             "max_grad_norm",
         ):
             _at_least(self, name, 0)
-        for name in ("overshoot", "learning_rate"):
+        for name in ("overshoot", "learning_rate", "grader_cpu_seconds"):
             _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")
         _at_least(self, "max_completion_length", 1)
         _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
@@ -326,6 +328,8 @@ class EvalConfig(ModelOptions):
     """Replace `--out` where it exists."""
     grader_workers: int | None = None
     """Completions graded at a time; the number of processors by default."""
+    grader_cpu_seconds: float = 10.0
+    """CPU time for all tests of a completion (canonical LeetCode solutions take up to 2.4 s)."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "max_completion_length"):
@@ -333,5 +337,6 @@ class EvalConfig(ModelOptions):
         _require(self.limit is None or self.limit >= 1, f"--limit {self.limit} must be at least 1")
         _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
         _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
+        _require(self.grader_cpu_seconds > 0, f"--grader-cpu-seconds {self.grader_cpu_seconds} must be positive")
         _at_least(self, "seed", 0)
         _require(bool(self.modes), "--modes names no mode")

@@ -25,6 +25,7 @@ from projected_grpo.encoding import encode_prompt
 from projected_grpo.env.grader import LABELS, Grade, Grader, GradeRequest
 from projected_grpo.env.problems import Problem
 from projected_grpo.env.prompts import eval_test_func_name
+from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import InputError, saving_faults
 from projected_grpo.models import load_model
 from projected_grpo.paths import check_out
@@ -64,7 +65,8 @@ def evaluate(config: EvalConfig) -> dict:
     ]
     set_seed(config.seed)
     texts = sample(model, prompter, requests, config)
-    with saving_faults(config.out.with_suffix(".fault.txt")), Grader(workers=config.grader_workers) as grader:
+    limits = Limits(cpu_seconds=config.grader_cpu_seconds)
+    with saving_faults(config.out.with_suffix(".fault.txt")), Grader(config.grader_workers, limits) as grader:
         grades = grader.grade(
             [GradeRequest(p, text, mode, name) for (p, mode, name), text in zip(requests, texts, strict=True)]
         )

@@ -26,6 +26,7 @@ from projected_grpo.encoding import encode_completion
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import Problem
 from projected_grpo.env.rewards import CodeReward
+from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import InputError, RunInterrupted, saving_faults
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import load_model
@@ -154,7 +155,7 @@ def _train(
     checkpoint = last_checkpoint(folder, config.steps) if config.resume else None
     start_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     with (
-        Grader(workers=config.grader_workers) as grader,
+        Grader(config.grader_workers, Limits(cpu_seconds=config.grader_cpu_seconds)) as grader,
         StepLog(folder, config.arm, config.gate, config.project_target, config.steps, start_step=start_step) as log,
     ):
         logger.info(f"arm {config.arm}: {ARMS[config.arm].summary}")

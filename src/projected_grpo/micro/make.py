@@ -13,6 +13,7 @@ from loguru import logger
 
 from projected_grpo.config import EvalConfig
 from projected_grpo.env.grader import Grader, GradeRequest
+from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import RunFault
 from projected_grpo.evaluate import sample, summarise
 from projected_grpo.micro.base import build_base, micro_key
@@ -66,7 +67,7 @@ def _measure(folder: Path) -> dict:
     )
     requests = [(problem, "run_tests", problem.test_func_name) for problem in problems for _ in range(SAMPLES)]
     texts = sample(loaded.model, Prompter(loaded), requests, options)
-    with Grader() as grader:
+    with Grader(limits=Limits(cpu_seconds=preset.grader_cpu_seconds)) as grader:
         grades = grader.grade([GradeRequest(p, text, m, n) for (p, m, n), text in zip(requests, texts, strict=True)])
     rates = summarise([(p.id, grade) for (p, _, _), grade in zip(requests, grades, strict=True)])["rates"]
     return {

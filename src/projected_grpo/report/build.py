@@ -50,7 +50,7 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     curves = curves_table(study)
     drawn = plots.draw_all(study, comparisons)
     provenance = [("command", command), ("code of this report", code_version())]
-    provenance += [("code of the runs", code) for code in sorted({run.code for run in runs})]
+    provenance += [("code of the runs", code) for code in sorted({run.code for run in runs if run.left_out is None})]
     provenance += [("runs", str(from_here(root))) for root in roots]
     contents = Contents(
         title=f"Report: {runs[0].config['preset']}, {len(runs)} runs of {len(study.arms)} arms",
