@@ -25,10 +25,10 @@ from projected_grpo.adapter import (
     DeltaSConfig,
     DeltaSLinear,
     DeltaSModel,
-    RowGradRecorder,
     delta_s_modules,
     delta_s_parameters,
 )
+from projected_grpo.row_grads import RowGradRecorder
 from projected_grpo.svd import Factors, svd_factors
 
 pytestmark = pytest.mark.filterwarnings(
@@ -403,7 +403,8 @@ def test_merge_and_unmerge_are_exactly_reversible(dtype):
             exact = w + module.u.double() @ torch.diag(delta[name].double()) @ module.vh.double()
             here = merged[f"base_model.model.{name}.base_layer.weight"]
             assert here.dtype == dtype
-            rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+            # bfloat16 is rounded up or down, and not to the nearest: a whole step.
+            rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}[dtype]
             torch.testing.assert_close(here.double(), exact, rtol=rounding, atol=1e-6)
         model.unmerge_adapter()
         assert {module.merged for module in delta_s_modules(model).values()} == {False}
@@ -819,7 +820,7 @@ def test_casting_the_model_leaves_the_gradient_of_delta_s_as_it_is(cast):
 @pytest.mark.parametrize("dtype", HALF)
 def test_what_delta_s_adds_is_computed_in_float32_and_rounded_once(dtype):
     linear = make_linear("full", 6, 5, True, 0, dtype)
-    layer = DeltaSLinear(linear, "default", DeltaSConfig())
+    layer = DeltaSLinear(linear, "default", DeltaSConfig(form="plain"))
     layer.delta_s["default"].data.copy_(torch.linspace(-1, 1, 5))
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     steered = ((x.float() @ layer.vh.T) * layer.delta_s["default"]) @ layer.u.T
@@ -828,7 +829,7 @@ def test_what_delta_s_adds_is_computed_in_float32_and_rounded_once(dtype):
 
 def test_autocast_changes_the_base_layers_precision_and_not_that_of_delta_s():
     linear = make_linear("full", 6, 5, True, 0, torch.float32)
-    layer = DeltaSLinear(linear, "default", DeltaSConfig())
+    layer = DeltaSLinear(linear, "default", DeltaSConfig(form="plain"))
     layer.delta_s["default"].data.copy_(torch.linspace(-1, 1, 5))
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -6,15 +6,13 @@
 and so it is again under `disable_adapter()` after training, which gives the KL term its reference policy for free.
     dL/dδᵢ = Σ_tokens (Uᵀ dL/dy)ᵢ (Vh x)ᵢ
 The singular vectors stay as they are and only the spectrum moves, as in AntiPaSTO; PiSSA (arXiv:2404.02948) trains the
-vectors instead. This forward is the plain one, two extra matmuls in float32, and is the reference for faster ones.
+vectors instead. The plain forward, two extra matmuls in float32, is the reference; what runs is `merged_forward.py`.
 
 Left out on purpose: dropout, trained biases, Conv1D and quantised layers.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from projected_grpo.merged_forward import EffectiveWeight, Form, effective_weight, merged_linear
 from projected_grpo.peft_registration import register
 from projected_grpo.svd import (
     fingerprint_mismatch,
@@ -32,6 +31,9 @@ from projected_grpo.svd import (
     probe_factors,
     svd_factors,
 )
+
+if TYPE_CHECKING:
+    from projected_grpo.row_grads import RowGradRecorder
 
 PEFT_NAME = "DELTA_S"
 
@@ -50,6 +52,10 @@ class DeltaSConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Not supported: only delta_s is trained. Must stay None."}
     )
+    form: Form = field(
+        default="merged",
+        metadata={"help": "How the forward is computed: 'merged' (one matmul), or 'plain' (three, its reference)."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +65,8 @@ class DeltaSConfig(PeftConfig):
                 f"modules_to_save={self.modules_to_save} is not supported by DeltaSConfig: delta_s is the only trained "
                 "parameter; leave modules_to_save out."
             )
+        if self.form not in get_args(Form):
+            raise ValueError(f"form={self.form!r} is unknown to DeltaSConfig; use one of {', '.join(get_args(Form))}")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
@@ -105,6 +113,8 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
+        self.form = config.form
+        self.effective: EffectiveWeight | None = None  # the last forward's weight, while δ is what it was
         self.recorder: RowGradRecorder | None = None
         factors = svd_factors(base_layer.weight)
         dtype, device = torch.promote_types(base_layer.weight.dtype, torch.float32), base_layer.weight.device
@@ -130,18 +140,24 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         """U diag(δ) Vh in the factors' precision."""
         return (self.u * self.delta_s[adapter]) @ self.vh
 
+    @property
+    def unmerged_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """W, also while something is merged into it."""
+        return self.base_layer.weight.data if self._unmerged_weight is None else self._unmerged_weight
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + U diag(δ) Vh in W's place. W itself is kept, so that `unmerge` is exact, at one more copy of W."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.delta_s]
-        for name in names:
-            weight = self.base_layer.weight
-            merged = (weight.data + self.get_delta_weight(name).detach()).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {name} gives NaN or infinity; its delta_s is broken")
-            if self._unmerged_weight is None:
-                self._unmerged_weight = weight.data
-            weight.data = merged
-            self.merged_adapters.append(name)
+        if not names:
+            return
+        weight, together = self.base_layer.weight, [*self.merged_adapters, *names]
+        merged = effective_weight(self, self.delta_s_sum(together), weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"merging adapter {', '.join(names)} gives NaN or infinity; its delta_s is broken")
+        if self._unmerged_weight is None:
+            self._unmerged_weight = weight.data
+        weight.data = merged
+        self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Put the kept W back."""
@@ -153,10 +169,14 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.delta_s]
         if self.disable_adapters or self.merged or not active:
-            return result
+            return self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
+        # Whoever has hooked the base layer wants to see it called.
+        if self.form == "merged" and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")):
+            return merged_linear(self, x, self.delta_s_sum(active))
+        result = base(x, *args, **kwargs)
         # Outside autocast, in the factors' precision: δ is small beside S, and bfloat16 would round much of it away.
         with torch.autocast(x.device.type, enabled=False):
             delta = self.delta_s_sum(active)
@@ -253,34 +273,3 @@ def delta_s_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             raise ValueError(f"module {name} has {len(active)} active delta_s adapters, but the method trains one")
         parameters[name] = module.delta_s[active[0]]
     return parameters
-
-
-class RowGradRecorder:
-    """Per-row gradients of δ out of one ordinary backward pass.
-
-    Rows of a batch do not mix inside a linear layer, so expanding δ to one copy per row, (B, 1, r), makes autograd
-    return ∂L/∂δ row by row, (B, r), on its way to the sum that it would have computed anyway. `on_grad` receives
-    (module, row_grads) for every backward through a module, several times per step under gradient accumulation.
-    """
-
-    def __init__(self, on_grad) -> None:
-        self.on_grad = on_grad
-
-    def expand(self, module: DeltaSLinear, delta: Float[Tensor, " r"], x: Tensor) -> Float[Tensor, "B 1 r"]:
-        if x.ndim != 3:
-            raise ValueError(f"per-row gradients need inputs of shape (rows, tokens, features), got {tuple(x.shape)}")
-        rows = delta.expand(x.shape[0], 1, -1)
-        rows.register_hook(lambda grad: self.on_grad(module, grad.squeeze(1).detach()))
-        return rows
-
-    @contextmanager
-    def attached(self, model: nn.Module) -> Iterator["RowGradRecorder"]:
-        """Record every forward and backward inside the block, then leave the model as it was."""
-        modules = delta_s_modules(model).values()
-        for module in modules:
-            module.recorder = self
-        try:
-            yield self
-        finally:
-            for module in modules:
-                module.recorder = None

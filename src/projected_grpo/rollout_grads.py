@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from projected_grpo.adapter import DeltaSLinear, RowGradRecorder, delta_s_parameters
+from projected_grpo.adapter import DeltaSLinear, delta_s_parameters
+from projected_grpo.row_grads import RowGradRecorder
 
 if TYPE_CHECKING:
     from projected_grpo.trainer import ProjectedGRPOTrainer

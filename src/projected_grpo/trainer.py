@@ -24,13 +24,14 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from projected_grpo.adapter import DeltaSLinear, RowGradRecorder, delta_s_modules
+from projected_grpo.adapter import DeltaSLinear, delta_s_modules
 from projected_grpo.encoding import encode_completion
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import RunFault
 from projected_grpo.pool import TeacherPool
 from projected_grpo.projection import ProjectionCallback, joint_norm
 from projected_grpo.rollout_grads import rollout_scores
+from projected_grpo.row_grads import RowGradRecorder
 
 STATE_FILE = "projected_grpo.pt"
 SOURCES = ("student", "teacher")
@@ -76,7 +77,6 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._rollout_grad_every = rollout_grad_every
         self._recorder = RowGradRecorder(self._record)
         self.module_names = {module: name for name, module in delta_s_modules(self.model).items()}
-        self._source_mask = torch.empty(2, 0, dtype=torch.bool)  # (2, rows) of the micro-batch: student's, teacher's
         self._generation: dict[str, Any] = {}
         self._step_rows: list[dict[str, Tensor]] = []
         self._reset_step()
@@ -170,9 +170,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._loss_sum = 0.0
         self._step_rows = []
 
-    def _record(self, module: DeltaSLinear, row_grads: Tensor) -> None:
+    def _record(self, module: DeltaSLinear, sums: Tensor) -> None:
         name = self.module_names[module]
-        sums = self._source_mask.to(row_grads.dtype) @ row_grads
         before = self._source_grads.get(name)
         self._source_grads[name] = sums if before is None else before + sums
 
@@ -183,7 +182,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         return loss
 
     def _compute_loss(self, model, inputs):
-        self._source_mask = torch.stack([~inputs["is_teacher"], inputs["is_teacher"]])
+        is_teacher = inputs["is_teacher"]
+        self._recorder.groups = [rows.nonzero().flatten() for rows in (~is_teacher, is_teacher)]
         if self.model.training:
             self._step_rows.append(inputs)
         if "old_per_token_logps" in inputs:

@@ -1,0 +1,295 @@
+"""The merged forward against the plain one, for which test_adapter.py has a loop over tokens: outputs, gradients by any
+groups of rows, and that the kept weight is never that of another δ."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from projected_grpo.adapter import DeltaSConfig, DeltaSLinear, delta_s_modules, delta_s_parameters
+from projected_grpo.merged_forward import rounded
+from projected_grpo.row_grads import RowGradRecorder
+
+few = settings(max_examples=60, deadline=None, derandomize=True)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def layer(d_out, d_in, bias, seed, dtype, form, scale=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(d_in, d_out, bias=bias).to(dtype)
+    linear.weight.data.copy_(torch.randn(d_out, d_in, generator=generator))
+    if bias:
+        linear.bias.data.copy_(torch.randn(d_out, generator=generator))
+    made = DeltaSLinear(linear.requires_grad_(False), "default", DeltaSConfig(form=form))
+    delta = made.delta_s["default"]
+    delta.data.copy_(scale * torch.randn(delta.shape, generator=generator))
+    return made
+
+
+def run(made, batches, groups):
+    """(outputs, input gradients, δ's gradient, what the recorder saw) of accumulated batches of (x, weights of y)."""
+    seen, outputs, grads = [], [], []
+    recorder = RowGradRecorder(lambda _module, part: seen.append(part.clone()))
+    with recorder.attached(made):
+        for (x, weights), own in zip(batches, groups, strict=True):
+            recorder.groups = own
+            x = x.clone().requires_grad_()
+            y = made(x)
+            (y * weights).sum().backward()
+            outputs.append(y.detach())
+            grads.append(x.grad)
+    return outputs, grads, made.delta_s["default"].grad, seen
+
+
+@few
+@given(
+    d_out=st.integers(1, 9),
+    d_in=st.integers(1, 9),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=3),
+    kind=st.sampled_from(["rows", "one", "two", "three"]),
+)
+def test_it_equals_the_plain_forward_in_everything(d_out, d_in, bias, seed, dtype, sizes, kind):
+    generator = torch.Generator().manual_seed(seed)
+    batches, groups = [], []
+    for n_rows, n_tokens in sizes:
+        shapes = (n_rows, n_tokens, d_in), (n_rows, n_tokens, d_out)
+        batches.append(tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes))
+        number = {"one": 1, "two": 2, "three": 3}.get(kind)
+        chosen = torch.randint(number or 1, (n_rows,), generator=generator)
+        groups.append(None if number is None else [(chosen == i).nonzero().flatten() for i in range(number)])
+    plain, merged = (run(layer(d_out, d_in, bias, seed, dtype, form), batches, groups) for form in ("plain", "merged"))
+    tolerance = TOLERANCE[dtype]
+    for ours, theirs in zip(merged[0] + merged[1] + merged[3], plain[0] + plain[1] + plain[3], strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * max(1.0, theirs.abs().max().item()))
+    total = plain[2]
+    torch.testing.assert_close(merged[2], total, rtol=tolerance, atol=tolerance * max(1.0, total.abs().max().item()))
+    torch.testing.assert_close(sum(part.sum(0) for part in merged[3]), merged[2], rtol=tolerance, atol=10 * tolerance)
+
+
+@few
+@given(d_out=st.integers(1, 9), d_in=st.integers(1, 9), n=st.integers(1, 20), seed=st.integers(0, 99))
+def test_without_a_recorder_and_with_inputs_of_any_shape(d_out, d_in, n, seed):
+    x = torch.randn(n, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    grads = []
+    for form in ("plain", "merged"):
+        made = layer(d_out, d_in, True, seed, torch.float64, form)
+        made(x).square().sum().backward()
+        made(x[0]).sum().backward()
+        grads.append(made.delta_s["default"].grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-8)
+
+
+# --- bfloat16 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_change_far_below_the_steps_of_bfloat16_arrives_whole(seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(256, 192, generator=generator).bfloat16()
+    factors = torch.randn(256, 192, generator=generator), torch.randn(192, generator=generator)
+    u, _, vh = torch.linalg.svd(factors[0], full_matrices=False)
+    for scale in (1e-3, 1e-2, 1e-1):
+        change = (u * (scale * factors[1])) @ vh
+        moved = rounded(weight + change, torch.bfloat16).float() - weight.float()
+        nearest = (weight + change).bfloat16().float() - weight.float()
+        carried, lost = ((m * change).sum() / change.square().sum() for m in (moved, nearest))
+        assert carried == pytest.approx(1, abs=0.15)
+        assert lost < 0.6 or scale == 1e-1
+
+
+def test_rounding_leaves_what_fits_alone_and_never_goes_further_than_one_step():
+    values = torch.tensor([0.0, -0.0, 1.0, -2.5, float("inf"), float("-inf"), float("nan"), 2.0**-130])
+    kept = rounded(values[None], torch.bfloat16)[0]
+    assert torch.equal(kept.nan_to_num(7.0), values.bfloat16().nan_to_num(7.0))
+    assert torch.equal(kept[:6].signbit(), values[:6].signbit())
+    wide = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    step = 2.0 ** (wide.abs().log2().floor() - 7)
+    assert ((rounded(wide, torch.bfloat16).float() - wide).abs() < step).all()
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        assert torch.equal(rounded(wide, dtype), wide.to(dtype))
+
+
+@pytest.mark.parametrize("n_tokens", [3, 40])
+def test_in_bfloat16_it_is_as_close_to_float64_as_the_plain_forward_is(n_tokens):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, n_tokens, 32, generator=generator).bfloat16()
+    weights = torch.randn(4, n_tokens, 24, generator=generator).bfloat16()
+    groups = [[torch.tensor([0, 2]), torch.tensor([1, 3])]]
+    exact = run(layer(24, 32, True, 1, torch.bfloat16, "plain").double(), [(x.double(), weights.double())], groups)
+    errors = {}
+    for form in ("plain", "merged"):
+        found = run(layer(24, 32, True, 1, torch.bfloat16, form), [(x, weights)], groups)
+        assert found[0][0].dtype == torch.bfloat16
+        assert found[2].dtype == torch.float32
+        pairs = zip((found[0][0], found[1][0], found[2]), (exact[0][0], exact[1][0], exact[2]), strict=True)
+        errors[form] = [((ours.double() - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs]
+    assert max(errors["merged"]) < 0.01
+    assert all(m < 4 * p + 1e-3 for m, p in zip(errors["merged"][:2], errors["plain"][:2], strict=True))
+
+
+# --- the kept weight -------------------------------------------------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)).double()
+    model.config = {}
+    return model
+
+
+def adapted(form="merged"):
+    model = get_peft_model(small_model(), DeltaSConfig(target_modules=["0", "2"], form=form))
+    for i, delta in enumerate(delta_s_parameters(model).values()):
+        delta.data.copy_(torch.linspace(-1, 1, len(delta)) * (i + 1))
+    return model
+
+
+X = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6)
+
+
+def step(model, **kwargs):
+    optimiser = torch.optim.AdamW(delta_s_parameters(model).values(), lr=0.1, **kwargs)
+    model(X).square().sum().backward()
+    optimiser.step()
+    model.zero_grad()
+
+
+def each(model, change):
+    for delta in delta_s_parameters(model).values():
+        change(delta)
+
+
+@torch.no_grad()
+def in_place(model):
+    each(model, lambda delta: delta.add_(0.5))
+
+
+def replace_data(model):
+    each(model, lambda delta: setattr(delta, "data", delta.data + 0.5))
+
+
+def load(model):
+    state = model.state_dict()
+    model.load_state_dict({name: 0.5 * x if ".delta_s." in name else x for name, x in state.items()})
+
+
+def load_peft(model):
+    state = get_peft_model_state_dict(model)
+    saved = {name: value if value.dtype == torch.uint8 else 0.5 * value for name, value in state.items()}
+    set_peft_model_state_dict(model, saved)
+
+
+def swap_parameters(model):
+    for module in delta_s_modules(model).values():
+        module.delta_s["default"] = nn.Parameter(module.delta_s["default"].data.flip(0))
+
+
+def other_adapter(model):
+    model.add_adapter("other", DeltaSConfig(target_modules=["0", "2"]))
+    model.set_adapter("other")
+    in_place(model)
+
+
+def both_adapters(model):
+    model.add_adapter("other", DeltaSConfig(target_modules=["0", "2"]))
+    with torch.no_grad():
+        for module in delta_s_modules(model).values():
+            module.delta_s["other"].fill_(0.25)
+    model.base_model.set_adapter(["default", "other"])
+
+
+CHANGES = {
+    "adamw": step,
+    "adamw, one tensor at a time": lambda model: step(model, foreach=False),
+    "adamw, fused": lambda model: step(model, fused=True),
+    "in place": in_place,
+    "through .data": lambda model: each(model, lambda delta: delta.data.mul_(0.5)),
+    ".data replaced": replace_data,
+    "load_state_dict": load,
+    "peft's load": load_peft,
+    "another parameter": swap_parameters,
+    "an ablation of one axis": lambda model: each(model, lambda delta: delta.data[:1].zero_()),
+    "all zero": lambda model: each(model, lambda delta: delta.data.zero_()),
+    "another adapter": other_adapter,
+    "two adapters": both_adapters,
+    "merged and unmerged": lambda model: (model.merge_adapter(), in_place(model), model.unmerge_adapter()),
+    "float32": lambda model: model.float().double(),
+    "nothing": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whoever_changes_delta_the_next_forward_knows(change):
+    merged, plain = adapted(), adapted("plain")
+    torch.testing.assert_close(merged(X), plain(X), rtol=1e-10, atol=1e-10)  # the copy is made
+    for model in (merged, plain):
+        change(model)
+    after = merged(X)
+    torch.testing.assert_close(after, plain(X), rtol=1e-9, atol=1e-9)
+    with merged.disable_adapter(), torch.no_grad():
+        assert torch.equal(merged(X), small_model().to(after.dtype)(X)) or after.dtype != torch.float64
+
+
+def test_the_copy_is_kept_while_nothing_changes_and_serves_the_merge():
+    model = adapted()
+    model(X)
+    kept = [module.effective.weight for module in delta_s_modules(model).values()]
+    model(X)
+    model.merge_adapter()
+    for module, weight in zip(delta_s_modules(model).values(), kept, strict=True):
+        assert module.base_layer.weight.data_ptr() == weight.data_ptr()
+    model.unmerge_adapter()
+    model(X)
+    assert all(m.effective.weight is w for m, w in zip(delta_s_modules(model).values(), kept, strict=True))
+
+
+def test_a_copy_made_for_sampling_can_be_trained_on():
+    model = adapted()
+    with torch.inference_mode():
+        model(X)
+    model(X).sum().backward()
+    assert all(delta.grad is not None for delta in delta_s_parameters(model).values())
+
+
+def test_a_copied_model_has_a_weight_of_its_own():
+    model = adapted()
+    before = model(X)
+    twin = copy.deepcopy(model)
+    in_place(twin)
+    assert torch.equal(model(X), before)
+    assert not torch.allclose(twin(X), before)
+
+
+def test_a_hook_on_the_base_layer_is_called():
+    model, calls = adapted(), []
+    expected = model(X)
+    for module in delta_s_modules(model).values():
+        module.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model(X), expected, rtol=1e-10, atol=1e-10)
+    assert len(calls) == 2
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="form='fast' is unknown to DeltaSConfig; use one of merged, plain"):
+        DeltaSConfig(form="fast")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same():
+    model = adapted()
+    model(X).square().sum().backward()
+    expected = model(X), [delta.grad.clone() for delta in delta_s_parameters(model).values()]
+    model.zero_grad()
+    compiled = torch.compile(model)
+    compiled(X).square().sum().backward()
+    torch.testing.assert_close(compiled(X), expected[0])
+    for delta, grad in zip(delta_s_parameters(model).values(), expected[1], strict=True):
+        torch.testing.assert_close(delta.grad, grad)
