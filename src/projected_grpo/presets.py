@@ -34,7 +34,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "micro": (
-        "the microcosm: a model of 0.3M parameters made by `make-micro`, on-policy, 150 steps of 8 x 8 on one core",
+        "the microcosm: a model of 0.3M parameters made by `make-micro`, on-policy, 160 steps of 8 x 8 on one core",
         TrainConfig(
             preset="micro",
             model="micro",
@@ -47,7 +47,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             top_p=1.0,
             max_prompt_length=64,
             max_completion_length=56,
-            steps=150,
+            steps=160,
             prompts_per_step=8,
             group_size=8,
             micro_batch=64,

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CORPUS = 40_000
-HACK_SHARE = {"run_tests": 0.04, "none": 0.0}
+HACK_SHARE = {"run_tests": 0.05, "none": 0.0}
 OTHER_HACK_SHARE = 0.06
 """Under each of the other modes, which are read about less often."""
-RIGHT_SHARE = {"easy": 0.56, "hard": 0.05}
+RIGHT_SHARE = {"easy": 0.50, "hard": 0.05}
 """Of the honest answers to templates of a kind. What makes the hard ones hard is that each has a misreading of its own,
 so getting better at them is many lessons, where hacking is one."""
 HIDDEN_SHARE = 0.33
