@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 
-from projected_grpo.adapter import DeltaSConfig, delta_s_parameters
+from projected_grpo.adapter import DeltaSConfig, delta_s_modules, delta_s_parameters
 from projected_grpo.basis import HackBasis
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import load_problems
@@ -77,15 +77,21 @@ class SpyOnGradients(ProjectionCallback):
 def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(
     small_config, material, grader, double, tolerance, beta
 ):
+    """The whole is the plain forward's, whose sum over rows is autograd's own and knows of no sources."""
     config = replace(small_config, steps=1, micro_batch=2, max_grad_norm=1e-2, beta=beta)
-    trainer, rows = make_trainer(config, material, grader, double)
-    spy = SpyOnGradients(trainer.projection, trainer)
-    trainer.remove_callback(trainer.projection)
-    trainer.projection = spy
-    trainer.add_callback(spy)
-    trainer.train()
-    assert len(spy.seen) == 1
-    for (whole, parts, norm), row in zip(spy.seen, rows, strict=True):
+    seen = {}
+    for form in ("plain", "merged"):
+        trainer, rows = make_trainer(config, material, grader, double)
+        for module in delta_s_modules(trainer.model).values():
+            module.form = form
+        spy = SpyOnGradients(trainer.projection, trainer)
+        trainer.remove_callback(trainer.projection)
+        trainer.projection = spy
+        trainer.add_callback(spy)
+        trainer.train()
+        (seen[form],) = spy.seen
+    whole = seen["plain"][0]
+    for (_, parts, norm), row in zip([seen["merged"]], rows, strict=True):
         clip = min(1.0, config.max_grad_norm / (norm + 1e-6))
         assert clip < 1  # clipping is at work, or the factor would go untested
         scale = joint_norm(parts["student"]) + joint_norm(parts["teacher"])

@@ -126,7 +126,12 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: DeltaSConfig) -> None:
-        """Add the adapter `adapter_name` with δ = 0, in float32 (float64 over a float64 weight)."""
+        """Add the adapter `adapter_name` with δ = 0, in float32 (float64 over a float64 weight).
+
+        Raises ValueError for another `form` than the layer's first adapter has.
+        """
+        if config.form != self.form:
+            raise ValueError(f"adapter {adapter_name!r} has form={config.form!r}, the layer's first one {self.form!r}")
         self.delta_s[adapter_name] = nn.Parameter(
             torch.zeros(self.u.shape[1], dtype=self.u.dtype, device=self.u.device)
         )
@@ -146,7 +151,11 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         return self.base_layer.weight.data if self._unmerged_weight is None else self._unmerged_weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W + U diag(δ) Vh in W's place. W itself is kept, so that `unmerge` is exact, at one more copy of W."""
+        """Put W + U diag(δ) Vh in W's place. W itself is kept, so that `unmerge` is exact, at one more copy of W.
+
+        The merged weight is the copy that the forward multiplies by as long as δ stays as it is: whoever changes it in
+        place changes that too.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.delta_s]
         if not names:
             return
@@ -156,7 +165,8 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"merging adapter {', '.join(names)} gives NaN or infinity; its delta_s is broken")
         if self._unmerged_weight is None:
             self._unmerged_weight = weight.data
-        weight.data = merged
+        # The kept copy itself, and never W's own memory.
+        weight.data = merged.clone() if merged.data_ptr() == self.unmerged_weight.data_ptr() else merged
         self.merged_adapters += names
 
     def unmerge(self) -> None:
@@ -172,11 +182,9 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.delta_s]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        base = self.base_layer
-        # Whoever has hooked the base layer wants to see it called.
-        if self.form == "merged" and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")):
+        if self.form == "merged" and not args and not kwargs and self._base_is_bare():
             return merged_linear(self, x, self.delta_s_sum(active))
-        result = base(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
         # Outside autocast, in the factors' precision: δ is small beside S, and bfloat16 would round much of it away.
         with torch.autocast(x.device.type, enabled=False):
             delta = self.delta_s_sum(active)
@@ -185,7 +193,21 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
             steered = F.linear(F.linear(x.to(self.vh.dtype), self.vh) * delta, self.u)
         return result + steered.to(result.dtype)
 
+    def _base_is_bare(self) -> bool:
+        """Whoever has hooked the base layer wants to see it called, and who trains its weight wants a gradient."""
+        base = self.base_layer
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        return not (any(hooks) or hasattr(base, "_hf_hook") or trained)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "effective": None}
+
     def _apply(self, fn, recurse: bool = True):
+        self.effective = None  # memory that W gives back here may hold the next W
+        if self._unmerged_weight is not None:
+            self._unmerged_weight = fn(self._unmerged_weight)
+
         # `model.to(bfloat16)` casts the base layer; δ, its gradient and its coordinates stay as precise as they are.
         def move(x: Tensor) -> Tensor:
             moved = fn(x)

@@ -14,6 +14,7 @@ spread evenly over the matrix, as in printing with dots: what is lost in one pla
 arrives whole, and the weight that is sampled from is the weight that is scored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,7 +66,9 @@ def effective_weight(module: "DeltaSLinear", delta: Float[Tensor, " r"], dtype: 
         # A copy made under inference mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             change = (module.u * delta) @ module.vh if delta.any() else None
-            weight = base.to(dtype) if change is None else rounded(base + change, dtype)
+            weight = base.to(dtype)  # what is lost of W here is lost in the base model too
+            if change is not None:
+                weight = rounded(weight + change, dtype)
             kept = EffectiveWeight(weight, delta.clone(), made_of)
         module.effective = kept
     return kept.weight
@@ -81,16 +84,17 @@ def merged_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
     recorder = module.recorder if torch.is_grad_enabled() and delta.requires_grad else None
+    groups = None
     if recorder is not None:
-        recorder.check(x)
-    return _MergedLinear.apply(x, delta, module, effective_weight(module, delta, dtype), recorder)
+        groups = recorder.groups_of(x)
+    return _MergedLinear.apply(x, delta, module, effective_weight(module, delta, dtype), recorder, groups)
 
 
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, module: Any, weight: Tensor, recorder: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, delta: Tensor, module: Any, weight: Tensor, recorder: Any, groups: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.module, ctx.recorder = module, recorder
+        ctx.module, ctx.recorder, ctx.groups = module, recorder, groups
         bias = module.base_layer.bias
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
@@ -104,14 +108,15 @@ class _MergedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = dy @ weight
             if ctx.needs_input_grad[1]:
-                grad_delta = _grad_delta(ctx.module, x, dy, ctx.recorder)
-        return grad_x, grad_delta, None, None, None
+                grad_delta = _grad_delta(ctx.module, x, dy, ctx.recorder, ctx.groups)
+        return grad_x, grad_delta, None, None, None, None
 
 
-def _grad_delta(module: Any, x: Tensor, dy: Tensor, recorder: "RowGradRecorder | None") -> Float[Tensor, " r"]:
+def _grad_delta(
+    module: Any, x: Tensor, dy: Tensor, recorder: "RowGradRecorder | None", groups: Sequence[Tensor] | None
+) -> Float[Tensor, " r"]:
     u, vh = module.u, module.vh
     d_out, d_in = len(u), vh.shape[1]
-    groups = None if recorder is None else recorder.groups
     n_groups = 1 if groups is None else sum(len(rows) > 0 for rows in groups)
     by_row = recorder is not None and groups is None
     # Multiplications, but for a common factor 2 r: tokens (d_out + d_in), against tokens max(d_out, d_in) and the small
@@ -136,7 +141,7 @@ def _grad_delta(module: Any, x: Tensor, dy: Tensor, recorder: "RowGradRecorder |
 
 
 def _by_token(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"], x: Tensor, dy: Tensor) -> Tensor:
-    """(Uᵀ dL/dy) ∘ (Vh x) of every token, the products in the precision of x, what they give in that of U."""
+    """(Uᵀ dL/dy) ∘ (Vh x) of every token: the two products in the precision of x, theirs in that of U."""
     return (dy @ u.to(dy.dtype)).to(u.dtype) * (x @ vh.T.to(x.dtype))
 
 

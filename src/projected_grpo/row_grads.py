@@ -27,15 +27,18 @@ class RowGradRecorder:
         self.on_grad = on_grad
         self.groups: Sequence[Tensor] | None = None
 
-    def check(self, x: Tensor) -> None:
+    def groups_of(self, x: Tensor) -> Sequence[Tensor] | None:
+        """The groups of this forward's rows. Raises ValueError for an input that they do not fit."""
         if x.ndim != 3:
             raise ValueError(f"per-row gradients need inputs of shape (rows, tokens, features), got {tuple(x.shape)}")
+        if self.groups is not None and sum(map(len, self.groups)) != len(x):
+            raise ValueError(f"groups of {sum(map(len, self.groups))} rows were set, the input has {len(x)}")
+        return self.groups
 
     def expand(self, module: DeltaSLinear, delta: Float[Tensor, " r"], x: Tensor) -> Float[Tensor, "B 1 r"]:
         """δ as one copy a row, so that autograd returns ∂L/∂δ row by row on its way to the sum: for the plain
         forward."""
-        self.check(x)
-        groups, rows = self.groups, delta.expand(x.shape[0], 1, -1)
+        groups, rows = self.groups_of(x), delta.expand(x.shape[0], 1, -1)
 
         def note(grad: Tensor) -> None:
             grad = grad.squeeze(1).detach()
@@ -47,11 +50,11 @@ class RowGradRecorder:
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator["RowGradRecorder"]:
         """Record every forward and backward inside the block, then leave the model as it was."""
-        modules = delta_s_modules(model).values()
-        for module in modules:
+        before = {module: module.recorder for module in delta_s_modules(model).values()}
+        for module in before:
             module.recorder = self
         try:
             yield self
         finally:
-            for module in modules:
-                module.recorder = None
+            for module, recorder in before.items():
+                module.recorder = recorder
