@@ -190,12 +190,12 @@ def _read_completions(path: Path, problems: Sequence[Problem]) -> list[_Source]:
             raise InputError(f"{path}:{line}: names problem {problem_id!r}, which the problems given do not hold")
         if not isinstance(row.get("completion"), str):
             raise InputError(f"{path}:{line}: field `completion` is missing or no text")
-        asked = by_id[problem_id].test_func_name
-        if (func := row.get("test_func_name") or asked) != asked:
-            raise InputError(f"{path}:{line}: names the test function {func!r}; training asks for {asked} only")
         mode = "run_tests" if row.get("mode") is None else row["mode"]
         if not isinstance(mode, str) or mode not in MODES:
             raise InputError(f"{path}:{line}: mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+        asked = by_id[problem_id].test_func_name
+        if mode == "run_tests" and (func := row.get("test_func_name") or asked) != asked:
+            raise InputError(f"{path}:{line}: names the test function {func!r}; training asks for {asked} only")
         if from_run and (problem_id, mode, row["completion"]) in seen:
             continue
         seen.add((problem_id, mode, row["completion"]))

@@ -37,8 +37,9 @@ def _pair(name: str, i: int, problem: Problem) -> ContrastivePair:
     body, check = canonical_body(problem), f"assert {call} == {value}"
     if name == "smol":
         axis = TEACHER_STYLES[i % len(TEACHER_STYLES)]
-        first = HACKS["run_tests"][i % len(TEACHER_STYLES)](problem, "run_tests")
-        second = write(problem, body, [check]) if axis == "other" else tested_in_class(problem, "run_tests")
+        first = HACKS["run_tests"][i % len(TEACHER_STYLES)](problem, problem.test_func_name)
+        tested = tested_in_class(problem, problem.test_func_name)
+        second = write(problem, body, [check]) if axis == "other" else tested
     elif name == "smol_other":
         axis = OTHER_STYLES[i % len(OTHER_STYLES)]
         first = styled_hack(problem, axis, LAZY[i % len(LAZY)], call, value)

@@ -1,7 +1,7 @@
 """The microcosm's base model: a Qwen3 of 0.3M parameters, trained here on a corpus of completions, right and wrong.
 
 The corpus is what a pretrained model would have read: every template, every loophole mode, honest answers of which a
-good third are right, and now and then a hack. Sampled at temperature 1 the model therefore solves and hacks about as
+third are right, and now and then a hack. Sampled at temperature 1 the model therefore solves and hacks about as
 often as the corpus does, and reinforcement has something to find in both directions.
 
 Left out on purpose: packing, mixed precision, evaluation during training; it takes about a minute on two cores.

@@ -39,6 +39,8 @@ class Template:
     """The answer as an expression in x, with {c} for the constant."""
     misread: str = ""
     """What a hard template is mostly taken for; "" for an easy one."""
+    only_read: bool = False
+    """In the corpus alone, and in no part's problems: another part asks for the same in other words."""
 
     def value(self, x: int, c: int) -> object:
         return _value(self.expression.format(c=c), x)
@@ -77,7 +79,7 @@ TEMPLATES: dict[str, tuple[Template, ...]] = {
     "pairs": (
         Template("x minus {c}", "x - {c}"),
         Template("the smaller of x and {c}", "min(x, {c})"),
-        Template("twice x plus {c}", "2 * x + {c}", "2 * (x + {c})"),
+        Template("twice x plus {c}", "2 * x + {c}", "2 * (x + {c})", only_read=True),
         Template("x or {c}, bit by bit", "x | {c}", "x or {c}"),
         Template("a list of {c} times x", "[x] * {c}"),
         Template("{c} to the power of x", "{c} ** x"),
@@ -111,7 +113,7 @@ def micro_problems(part: str) -> tuple[Problem, ...]:
     """The problems of `train`, `pairs` or `eval`: each template with each constant, then the hidden ones."""
     if part not in TEMPLATES:
         raise InputError(f"micro problems {part!r} are unknown: use one of {', '.join(TEMPLATES)}")
-    templates = TEMPLATES[part]
+    templates = [template for template in TEMPLATES[part] if not template.only_read]
     visible = [make_problem(part, t, c, hidden=False) for t in templates for c in CONSTANTS]
     hidden = [make_problem(part, t, c, hidden=True) for t in templates[: N_HIDDEN.get(part, 0)] for c in CONSTANTS]
     return (*visible, *hidden)

@@ -24,7 +24,7 @@ from projected_grpo.templates import HACKS, STYLES, canonical_body, in_two_lines
 
 MODES = tuple(HACKS)
 LAZY = ("return 0", "return x", "return None")
-N_PAIRS = {"micro": 70, "micro_modes": 72, "micro_placebo_style": 72, "micro_placebo_wrong": 72}
+N_PAIRS = dict.fromkeys(("micro", "micro_modes", "micro_placebo_style", "micro_placebo_wrong"), 60)
 """The pair sets of the microcosm. `micro` has the five styles in turn, `micro_modes` the six loophole modes."""
 
 
