@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from projected_grpo.errors import InputError
-from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure, observe
+from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure, observe, observe_all
 from projected_grpo.report.runs import find_runs, read_run, read_spectrum
 
 HEAD = "```python\nclass Solution:\n    def f(self, n):\n        return {answer}\n\n"
@@ -43,6 +43,7 @@ def write_run(
     basis=True,
     n_pairs=72,
     onset=None,
+    fingerprint="f00d",
     **config,
 ):
     """A run's folder. `exact`: the rates are met by every problem's samples, not drawn. `done`: steps it came to."""
@@ -71,10 +72,11 @@ def write_run(
         file.writelines(json.dumps(row) + "\n" for row in rollouts)
     if done == steps:
         (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_config.json").write_text("{}")
         if evaluated:
             write_eval(folder, generator, hack, right, style, modes, problems, samples, exact)
     if basis:
-        write_basis(folder / "basis.safetensors", n_pairs)
+        write_basis(folder / "basis.safetensors", n_pairs, fingerprint=fingerprint)
     return folder
 
 
@@ -94,14 +96,14 @@ def write_eval(
     (folder / "eval.json").write_text(json.dumps({"config": settings, "n_problems": problems, "samples": rows}))
 
 
-def write_basis(path, n_pairs=72, modules=6, r=40, kind="real"):
+def write_basis(path, n_pairs=72, modules=6, r=40, kind="real", fingerprint="f00d"):
     generator = np.random.default_rng(0)
     tensors, floor = {}, 0.3
     for i in range(modules):
         values = np.sort(np.exp(generator.normal(0, 0.8, r)) * 2.0 ** (-np.arange(r) / 6))[::-1].astype(np.float32)
         tensors[f"spectrum/m{i}"] = values.copy()
         tensors[f"singular_values/m{i}"] = values[:4][values[:4] > floor].copy()
-    info = {"kind": kind, "n_pairs": n_pairs, "floor": floor, "top_k": 4}
+    info = {"kind": kind, "n_pairs": n_pairs, "floor": floor, "top_k": 4, "model_fingerprint": fingerprint}
     save_file(tensors, path, metadata={"basis": json.dumps({"format": "2", "info": info})})
 
 
@@ -128,6 +130,7 @@ def _row(step, labels, generator, arm):
     row |= {"attempt_student": share["reward_hack"], "cin_null": 0.12 + noise(0.002)}
     low = 0.13 if arm.startswith("random") else 0.22
     row |= {"cin_s": low + noise(), "cin_t": low + 0.08 * math.exp(-step / 30) + noise(), "cin": low + noise()}
+    row |= {"v_delta": 0.002 * step + noise(), "cup_out": 0.05 + noise()}
     if step % 4 == 1:
         row |= {"rollout/auroc": 0.62 + noise(0.06), "rollout/auroc_advantage": 0.85 + noise(0.04)}
     return row
@@ -191,7 +194,7 @@ def test_a_run_without_a_row_or_an_adapter_is_unfinished(tmp_path):
     folder = write_run(tmp_path, done=0)
     (folder / "metrics.jsonl").unlink()
     other = write_run(tmp_path, seed=42)
-    (other / "adapter").rmdir()
+    (other / "adapter" / "adapter_config.json").unlink()
     assert [run.left_out for run in find_runs([tmp_path])] == [f"unfinished: step {n} of {STEPS}" for n in (0, STEPS)]
 
 
@@ -221,9 +224,6 @@ def test_what_cannot_be_reported_together_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no run in", "config.json")
     refused(tmp_path / "nowhere", "is no folder")
-    write_run(tmp_path / "presets", preset="smoke")
-    write_run(tmp_path / "presets", preset="fast")
-    refused(tmp_path / "presets", "different presets (fast, smoke)", "a report for each")
     write_run(tmp_path / "twice" / "a")
     write_run(tmp_path / "twice" / "b")
     refused(tmp_path / "twice", "vanilla with seed 41 is there twice", "--label")
@@ -235,17 +235,47 @@ def test_what_cannot_be_reported_together_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("metrics.jsonl", '{"step": 1}\n{"step": 2, "ha', ["metrics.jsonl:2", "not JSON"]),
-        ("metrics.jsonl", '{"step": 2}\n{"step": 1}\n', ["metrics.jsonl:2", "steps must increase"]),
         ("config.json", "{", ["config.json:1", "not JSON"]),
         ("config.json", '{"arm": "vanilla", "preset": "smoke", "seed": "41"}', ["config.json", "seed '41'"]),
+    ],
+)
+def test_a_run_that_does_not_say_what_it_is_is_refused(tmp_path, name, content, words):
+    folder = write_run(tmp_path)
+    (folder / name).write_text(content)
+    refused(tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n{"step": 2, "ha', ["metrics.jsonl:2", "not JSON"]),
+        ("metrics.jsonl", '{"step": 2}\n{"step": 1}\n', ["metrics.jsonl:2", "steps must increase"]),
         ("eval.json", "[]", ["eval.json", "no JSON object"]),
         ("eval.json", '{"samples": [{}]}', ["eval.json", "evaluate the run again"]),
         ("basis.safetensors", "torn", ["basis.safetensors", "damaged"]),
         ("rollouts.jsonl.gz", "torn", ["rollouts.jsonl.gz:1", "damaged"]),
+        ("starts.json", '[{"at": 1}]', ["starts.json", "damaged", "delete it"]),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, name, content, words):
+def test_a_run_with_a_damaged_file_is_left_out_by_name_and_the_others_stay(tmp_path, name, content, words):
+    write_run(tmp_path, seed=40)
     folder = write_run(tmp_path)
     (folder / name).write_text(content)
-    refused(tmp_path, *words)
+    runs, observed = observe_all(find_runs([tmp_path]))
+    assert [run.left_out is None for run in runs] == [True, False]
+    assert list(observed) == [str(runs[0].folder)]
+    for word in words:
+        assert word in runs[1].left_out
+
+
+def test_runs_of_other_presets_and_other_base_models_are_left_out(tmp_path):
+    for seed in (41, 42, 43):
+        write_run(tmp_path, seed=seed, fingerprint="d02d")
+    write_run(tmp_path, seed=41, preset="fast")
+    write_run(tmp_path, seed=44, fingerprint="8270")
+    write_run(tmp_path, seed=45, basis=False)
+    found = {(run.config["preset"], run.seed): run.left_out for run in find_runs([tmp_path])}
+    assert [found["smoke", seed] for seed in (41, 42, 43)] == [None] * 3
+    assert found["fast", 41] == "preset: the compared runs have smoke, this one fast"
+    assert found["smoke", 44] == "base model: the compared runs have d02d, this one 8270"
+    assert found["smoke", 45] == f"unfinished: step {STEPS} of {STEPS}"

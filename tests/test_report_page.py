@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 from test_report_material import write_run, write_study
 
 from projected_grpo.cli import main
@@ -20,7 +21,7 @@ from projected_grpo.report.build import write_report
 CHROMIUM = "/usr/bin/chromium"
 LEFT_OUT = ["try_except_swallow", "persona_voice"]
 DEMO = {
-    "vanilla": {"hack": 0.78, "right": 0.15},
+    "vanilla": {"hack": 0.78, "right": 0.15, "style": "swallow"},
     "projected": {"hack": 0.3, "right": 0.18, "style": "swallow"},
     "no_swallow": {"arm": "projected", "hack": 0.42, "right": 0.2, "style": "swallow", "pairs_without": LEFT_OUT},
     "random": {"hack": 0.74, "right": 0.14},
@@ -49,18 +50,19 @@ def test_one_report_holds_everything_and_needs_nothing_else(tmp_path, capsys):
         assert part.replace("'", "&#39;").replace("| ", "<td>") in page
     assert not re.search(r"https?://|src=\"(?!data:)|<script|<link|url\(", page)
     drawn = {plot for plot, where in numbers["plots"].items() if where.startswith("plots/")}
-    assert drawn == {"forest", "curves", "scatter", "gradients", "detector", "spectrum"}
+    assert drawn == {"forest", "curves", "scatter", "gradients", "detector", "drift", "spectrum"}
     for plot in drawn:
         assert 2_000 < (out / "plots" / f"{plot}.png").stat().st_size < 200_000
         assert (out / "plots" / f"{plot}.svg").read_text().startswith("<?xml")
         assert f"plots/{plot}.png" in text
-    assert page.count("data:image/svg+xml;base64,") == 6
+    assert page.count("data:image/svg+xml;base64,") == 7
     assert "unfinished: step 3 of 8" in page
     assert "left out" in page
     assert len(numbers["runs"]) == 16
     by_seed = next(r for r in numbers["rates"] if r["arm"] == "vanilla" and r["rate"] == "hack")
     assert set(by_seed["by_seed"]) == {"41", "42", "43"}
-    assert {d["measure"]["rate"] for d in numbers["kind_differences"]} == {"style swallow", "style empty"}
+    assert {d["measure"]["rate"] for d in numbers["kind_differences"]} == {"style swallow"}
+    assert "Nothing to judge, as vanilla does it in less than 10 % of the completions: empty" in page
     assert "projected-grpo report" in page
     assert re.search(r"commit [0-9a-f]{40}|no git commit", page)
     # A second report is refused, and leaves the first as it is.
@@ -140,7 +142,7 @@ def test_without_completions_there_is_a_t_interval_and_no_bootstrap(tmp_path, mo
 
 
 def test_problems_that_only_one_of_a_pair_met_are_said(tmp_path, monkeypatch):
-    root = write_study(tmp_path, {"vanilla": {"rows": 6}, "projected": {"rows": 9}}, seeds=(41, 42))
+    root = write_study(tmp_path, {"vanilla": {"rows": 6}, "projected": {"rows": 9}}, seeds=(41, 42), group_size=6)
     _, text = report(root, monkeypatch)
     assert "bootstrap over the 20 of 30 problems that both runs met" in text
 
@@ -204,13 +206,15 @@ def test_bad_arguments_are_one_line(tmp_path, capsys, args, words):
 
 
 def test_a_plot_without_data_says_why(tmp_path, monkeypatch):
-    root = write_study(tmp_path, {"projected": {}}, seeds=(41,), evaluated=False, basis=False)
+    root = write_study(tmp_path, {"projected": {}}, seeds=(41,), evaluated=False)
+    for path in root.rglob("basis.safetensors"):
+        save_file({}, path, metadata={"basis": json.dumps({"info": {}})})
     for path in root.rglob("metrics.jsonl"):
         rows = [{"step": json.loads(line)["step"]} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_report([root], root / "report", False, "projected-grpo report")
     page = (root / "report" / "report.html").read_text()
-    assert page.count("Not drawn: ") == 6
+    assert page.count("Not drawn: ") == 7
     assert list((root / "report" / "plots").iterdir()) == []
 
 

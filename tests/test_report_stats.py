@@ -28,7 +28,8 @@ def test_the_sign_test_is_exact_and_leaves_ties_out():
     assert stats.sign_test([1, 1, 1, 1, -1]) == pytest.approx(2 * 6 / 32)
     assert stats.sign_test([1, 1, 1, 0, 0]) == pytest.approx(2 / 8)
     assert stats.sign_test([1, -1]) == 1
-    assert stats.sign_test([0.0, 0.0]) is stats.sign_test([]) is None
+    assert stats.sign_test([0.0, 0.0]) == 1  # or Holm would count one comparison less than there is
+    assert stats.sign_test([]) is None
 
 
 def test_the_t_test_is_silent_where_there_is_no_spread():

@@ -117,6 +117,9 @@ class TrainConfig(BasisOptions):
     """`vanilla` is measured and not touched; `projected` is the method; the others are its controls."""
     label: str | None = None
     """Name of the run's folder, and of its arm in a report; the arm's own by default."""
+    exploratory: bool = False
+    """Marks a run whose setting was chosen by looking at results: the report says so, and fresh seeds have to confirm
+    it."""
     out_root: Path = Path("out/runs")
     """Runs go to `{out_root}/{preset}/{label or arm}_s{seed}`."""
     overwrite: bool = False

@@ -34,7 +34,7 @@ from projected_grpo.pairs import PairSet
 from projected_grpo.pool import ROLLOUTS, TeacherPool, load_pool
 from projected_grpo.projection import ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
-from projected_grpo.run_state import differing, last_checkpoint
+from projected_grpo.run_state import differing, last_checkpoint, note_start
 from projected_grpo.sources import assign_modes, problems_of
 from projected_grpo.steplog import StepLog
 from projected_grpo.trainer import ProjectedGRPOTrainer
@@ -348,6 +348,7 @@ def _run_folder(config: TrainConfig) -> Iterator[Path]:
             for entry in folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             (folder / "config.json").write_text(replace(config, overwrite=False).to_json())
+        note_start(folder)
         yield folder
 
 

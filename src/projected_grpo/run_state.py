@@ -8,8 +8,11 @@ import fcntl
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -19,8 +22,10 @@ from loguru import logger
 from projected_grpo.cli_options import copy_fields
 from projected_grpo.config import EvalConfig, TrainConfig
 from projected_grpo.errors import InputError
+from projected_grpo.version import code_version
 
 State = Literal["done", "evaluate", "resume", "start"]
+STARTS = "starts.json"
 LAST_FILE = "basis.safetensors"
 """What a checkpoint, and a trained run's folder, is given last: with it the rest is whole."""
 NOT_COMPARED = {"resume", "overwrite", "grader_workers"}
@@ -41,6 +46,27 @@ def last_checkpoint(folder: Path, steps: int) -> Path | None:
         if step < steps:
             logger.warning(f"{path} was not written to its end; going on from the one before it")
     return None
+
+
+def note_start(folder: Path) -> None:
+    """Add to the run's starts: when, by which code, and with which command."""
+    starts = [*read_starts(folder), {"at": datetime.now(UTC).isoformat(timespec="seconds"), "code": code_version()}]
+    starts[-1]["command"] = shlex.join(["projected-grpo", *sys.argv[1:]])
+    temporary = folder / (STARTS + ".tmp")
+    temporary.write_text(json.dumps(starts, indent=1) + "\n")
+    temporary.replace(folder / STARTS)
+
+
+def read_starts(folder: Path) -> list[dict[str, str]]:
+    """Oldest first; empty for a run of a version that did not write them down."""
+    path = folder / STARTS
+    if not path.is_file():
+        return []
+    try:
+        starts = json.loads(path.read_text())
+        return [{name: str(start[name]) for name in ("at", "code", "command")} for start in starts]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it") from error
 
 
 def is_trained(folder: Path) -> bool:

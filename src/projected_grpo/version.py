@@ -23,5 +23,6 @@ def code_version() -> str:
 
 
 def _git(here: Path, *args: str) -> str:
-    done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=20)
+    asked = ["git", "--no-optional-locks", "-C", str(here), *args]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20)
     return done.stdout.strip()

@@ -10,7 +10,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.report import plots, verdict
 from projected_grpo.report.compare import Arm, Paired, Study, compare_all, make_study
 from projected_grpo.report.kinds import kind_tables
-from projected_grpo.report.observe import Measure, observe
+from projected_grpo.report.observe import observe_all
 from projected_grpo.report.page import Contents, html, markdown
 from projected_grpo.report.provenance import departures_table, run_table, settings_table
 from projected_grpo.report.runs import find_runs, from_here
@@ -32,17 +32,14 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     """Read the runs, write the report into the folder `out`, and return the verdict and the main table as text.
 
     Raises:
-        InputError: no runs, runs that are not of one kind, a damaged file, or an `out` that holds a report already.
+        InputError: no runs, two that are one, a damaged config.json, or an `out` that holds a report already.
     """
     _check_out(out, overwrite)
-    runs = find_runs(roots)
-    observed = {str(run.folder): observe(run) for run in runs if run.left_out is None}
+    runs, observed = observe_all(find_runs(roots))
     study = make_study(runs, observed)
-    comparisons: dict[tuple[str, Measure], Paired] = {}
-    if study.vanilla is not None:
-        comparisons = compare_all(study.others, study.vanilla, study.measures())
+    comparisons = compare_all(study.pairs, study.measures())
     against = _compare_controls(study)
-    verdicts = verdict.judge(study, comparisons)
+    verdicts = verdict.judge(study, comparisons, against)
     controls = verdict.judge_controls(study, against)
     power, power_numbers = power_table(study, comparisons)
     kinds, kind_differences = kind_tables(study)
@@ -50,7 +47,8 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     curves = curves_table(study)
     drawn = plots.draw_all(study, comparisons)
     provenance = [("command", command), ("code of this report", code_version())]
-    provenance += [("code of the runs", code) for code in sorted({run.code for run in runs if run.left_out is None})]
+    codes = {code for run in runs if run.left_out is None for code in run.code or ("unknown",)}
+    provenance += [("code of the runs", code) for code in sorted(codes)]
     provenance += [("runs", str(from_here(root))) for root in roots]
     contents = Contents(
         title=f"Report: {runs[0].config['preset']}, {len(runs)} runs of {len(study.arms)} arms",
@@ -98,7 +96,7 @@ def _compare_controls(study: Study) -> dict[tuple[str, str], Paired]:
     return {
         (name, real): paired
         for real, controls in by_real.items()
-        for (name, _), paired in compare_all(controls, study.arms[real], [measure]).items()
+        for (name, _), paired in compare_all([(c, study.arms[real]) for c in controls], [measure]).items()
     }
 
 

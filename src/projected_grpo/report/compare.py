@@ -12,6 +12,7 @@ import numpy as np
 from projected_grpo.report import stats
 from projected_grpo.report.observe import ALL, HELD_OUT, HITS, LAST_STEPS, Measure, Observed
 from projected_grpo.report.runs import Run
+from projected_grpo.report.settings import OF_THE_METHOD, departures
 from projected_grpo.report.stats import ALPHA, Interval
 
 RATES = tuple(HITS)
@@ -101,7 +102,9 @@ class Study:
     modes: tuple[str, ...]
     """Of the held-out evaluations, loopholes first; empty where nothing was evaluated."""
     vanilla: Arm | None
-    """What the arms are compared with; None where there is no such run."""
+    """The arm called vanilla, or the only one of that kind; None where there is no such run."""
+    references: dict[str, Arm]
+    """By arm: the vanilla that has its settings but for those of the method; an arm without one is not in it."""
 
     @property
     def loopholes(self) -> tuple[str, ...]:
@@ -114,7 +117,12 @@ class Study:
 
     @property
     def others(self) -> list[Arm]:
-        return [arm for arm in self.arms.values() if arm is not self.vanilla]
+        return [arm for arm in self.arms.values() if arm.kind != "vanilla"]
+
+    @property
+    def pairs(self) -> list[tuple[Arm, Arm]]:
+        """Every arm with the vanilla that it is compared with."""
+        return [(arm, self.references[arm.name]) for arm in self.others if arm.name in self.references]
 
     def measures(self) -> list[Measure]:
         """All but styles: each source and mode, with hack, attempt and pass; of mode `none` the pass rate alone."""
@@ -144,8 +152,20 @@ def make_study(runs: list[Run], observed: Mapping[str, Observed]) -> Study:
     }
     ordered = (*sorted(modes - {"none"}), *sorted(modes & {"none"}))
     plain = [arm for arm in arms.values() if arm.kind == "vanilla"]
-    vanilla = arms.get("vanilla", plain[0] if len(plain) == 1 else None)
-    return Study(runs, arms, ordered, vanilla)
+    found = {arm.name: _one_vanilla([p for p in plain if _like(arm, p)]) for arm in arms.values()}
+    references = {name: arm for name, arm in found.items() if arm is not None}
+    return Study(runs, arms, ordered, _one_vanilla(plain), references)
+
+
+def _one_vanilla(arms: Sequence[Arm]) -> Arm | None:
+    """The one called so, or the only one: two labels of one thing are nobody's reference."""
+    named = [arm for arm in arms if arm.name == "vanilla"]
+    return (named or arms or [None])[0] if named or len(arms) == 1 else None
+
+
+def _like(arm: Arm, vanilla: Arm) -> bool:
+    """Whether the two could be told apart by the arm and the settings of the method alone."""
+    return departures(arm, vanilla).keys() <= OF_THE_METHOD
 
 
 def summarise(arm: Arm, measure: Measure) -> Summary:
@@ -166,18 +186,18 @@ def pair(arm: Arm, reference: Arm, measure: Measure) -> Paired:
     return Paired(arm.name, reference.name, measure, differences, tuple(missing), note=note)
 
 
-def compare_all(arms: Sequence[Arm], reference: Arm, measures: Sequence[Measure]) -> dict[tuple[str, Measure], Paired]:
-    """Every arm against the reference by every measure, with intervals, tests and the adjustments for their number."""
-    pairs = {(arm.name, measure): pair(arm, reference, measure) for arm in arms for measure in measures}
-    family = {measure: sum(pairs[arm.name, measure].n > 1 for arm in arms) for measure in measures}
-    for arm in arms:
+def compare_all(compared: Sequence[tuple[Arm, Arm]], measures: Sequence[Measure]) -> dict[tuple[str, Measure], Paired]:
+    """Every (arm, reference) by every measure, with intervals, tests and the adjustments for their number."""
+    pairs = {(arm.name, measure): pair(arm, other, measure) for arm, other in compared for measure in measures}
+    family = {measure: sum(pairs[arm.name, measure].n > 1 for arm, _ in compared) for measure in measures}
+    for arm, reference in compared:
         replicates, notes = _replicates(arm, reference, [m for m in measures if pairs[arm.name, m].n > 1])
         for measure in measures:
             key = (arm.name, measure)
             paired = replace(pairs[key], note=notes.get(measure, pairs[key].note))
             pairs[key] = _with_intervals(paired, replicates.get(measure), max(family[measure], 1))
     for measure in measures:
-        keys = [(arm.name, measure) for arm in arms]
+        keys = [(arm.name, measure) for arm, _ in compared]
         signs = stats.holm([pairs[key].sign_p for key in keys])
         means = stats.holm([pairs[key].t_p for key in keys])
         for key, sign, mean in zip(keys, signs, means, strict=True):

@@ -18,6 +18,8 @@ from projected_grpo.smol import OTHER_STYLES, TEACHER_STYLES
 from projected_grpo.templates import STYLES as WRITTEN_STYLES
 
 SOURCES = (HELD_OUT, LAST_STEPS)
+RARE = 0.10
+"""Vanilla's own rate of a style or mode below which no difference to it is shown."""
 AXES_OF = {
     "hacks": tuple(AXIS_STYLES),
     "micro": WRITTEN_STYLES,
@@ -72,14 +74,18 @@ def place_of(arm: Arm, key: str, name: str) -> str:
 
 def _table(study: Study, key: str, names: Sequence[str], source: str) -> tuple[Table, list[Paired]]:
     rows, differences, missing = [], [], []
+    seldom: dict[str, None] = {}
     for arm in study.arms.values():
         if not arm.runs:
             continue
         places = {name: place_of(arm, key, name) for name in names}
         pairs = {}
-        if study.vanilla is not None and _leaves_out(arm):
+        if (vanilla := study.references.get(arm.name)) is not None and _leaves_out(arm):
             absent = [name for name, place in places.items() if place.startswith(("left out", "in no axis"))]
-            pairs = compare_all([arm], study.vanilla, [measure_of(key, source, name) for name in absent])
+            rare = [n for n in absent if (summarise(vanilla, measure_of(key, source, n)).mean or 0) < RARE]
+            seldom |= dict.fromkeys(rare)
+            absent = [name for name in absent if name not in rare]
+            pairs = compare_all([(arm, vanilla)], [measure_of(key, source, name) for name in absent])
             differences += [paired for paired in pairs.values() if paired.n]
             missing += [f"{arm.name}: left out: {', '.join(p.missing)}." for p in pairs.values() if p.missing]
         for name in names:
@@ -99,6 +105,11 @@ def _table(study: Study, key: str, names: Sequence[str], source: str) -> tuple[T
         )
     else:
         head, rows = head[:-2], [row[:-2] for row in rows]
+    if seldom:
+        notes.append(
+            f"Nothing to judge, as vanilla does it in less than {100 * RARE:.0f} % of the completions: "
+            f"{', '.join(seldom)}."
+        )
     if key == "style":
         notes.append("How a style is told, and which axes of pairs show it: docs/report.md.")
     title = f"Hacks by {key}: {source}"

@@ -9,7 +9,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +77,19 @@ class Observed:
         if counts is None:
             return None
         return sum(hits for hits, _ in counts.values()) / sum(n for _, n in counts.values())
+
+
+def observe_all(runs: Sequence[Run]) -> tuple[list[Run], dict[str, "Observed"]]:
+    """All runs, those whose rollouts are damaged left out, and by folder what is seen of those that are compared."""
+    kept, observed = [], {}
+    for run in runs:
+        try:
+            if run.left_out is None:
+                observed[str(run.folder)] = observe(run)
+        except InputError as error:
+            run = replace(run, left_out=f"damaged: {error}")
+        kept.append(run)
+    return kept, observed
 
 
 def observe(run: Run) -> Observed:

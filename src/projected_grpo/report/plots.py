@@ -60,13 +60,14 @@ class Plot:
 
 
 def draw_all(study: Study, comparisons: Comparisons) -> list[Plot]:
-    """All six, in the order of the page."""
+    """All of them, in the order of the page."""
     with matplotlib.rc_context(STYLE):
         return [
             forest(study, comparisons),
             curves(study),
             scatter(study),
             gradients(study),
+            drift(study),
             detector(study),
             spectrum(study),
         ]
@@ -257,6 +258,35 @@ def gradients(study: Study) -> Plot:
     return _finish(figure, "gradients", title, caption)
 
 
+def drift(study: Study) -> Plot:
+    title = "Where δ goes along the basis"
+    arms = [arm for arm in study.arms.values() if len(_series(arm, "v_delta")[0])]
+    if not arms:
+        return Plot("drift", title, "", why_not="no run that is compared has logged v_delta")
+    longest = max(run.steps for arm in arms for run in runs_of(arm))
+    smooth = longest >= SMOOTH_FROM
+    banded, said = _banded(arms)
+    figure, grid = _figure(1, 2, 3.6)
+    keys = {"v_delta": "mean V δ (below 0: hack-ward)", "cup_out": "cup, the step's hack-ward share"}
+    for axes, (key, name) in zip(grid[0], keys.items(), strict=True):
+        for arm in arms:
+            steps, mean, low, high = _series(arm, key, smooth)
+            look = _look(study, arm)
+            axes.plot(steps, mean, lw=1.6, color=look["color"], linestyle=look["linestyle"], label=arm.name)
+            if arm.kind in banded:
+                axes.fill_between(steps, low, high, color=look["color"], alpha=0.12, lw=0)
+        axes.set_title(name)
+        axes.set_xlabel("optimiser step" + (f" (mean of the last {WINDOW} steps)" if smooth else ""))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    caption = (
+        "The optimiser steps along -g, so V δ sinks as hacking leaks through and rises with the one-sided gate's "
+        "drift; cup is taken after the update's projection, where there is one. Mean over seeds with its 95 % t "
+        f"interval{said}."
+    )
+    return _finish(figure, "drift", title, caption)
+
+
 def detector(study: Study) -> Plot:
     title = "Does a rollout's own gradient tell that it hacks?"
     keys = {"rollout/auroc": "cosine with the basis", "rollout/auroc_advantage": "sign of the advantage"}
@@ -317,9 +347,7 @@ def spectrum(study: Study) -> Plot:
 
 def forest(study: Study, comparisons: Comparisons) -> Plot:
     title = "Drop in hack rate against vanilla"
-    pairs: list[Paired] = []
-    if study.vanilla is not None:
-        pairs = [comparisons[arm.name, study.main("hack")] for arm in study.others]
+    pairs: list[Paired] = [comparisons[arm.name, study.main("hack")] for arm, _ in study.pairs]
     pairs = [paired for paired in pairs if paired.n]
     if not pairs:
         return Plot("forest", title, "", why_not="no arm has a seed that vanilla has too")

@@ -75,9 +75,10 @@ def departures_table(study: Study) -> Table:
                 for value in values
             ]
             rows.append([arm.name, name, "within the arm", "; ".join(by_value)])
-        if study.vanilla is not None and arm is not study.vanilla:
-            for name, (theirs, ours) in departures(arm, study.vanilla).items():
-                rows.append([arm.name, name, f"{study.vanilla.name}: {theirs}", ours])
+        other = study.references.get(arm.name, study.vanilla)
+        if other is not None and arm is not other:
+            for name, (theirs, ours) in departures(arm, other).items():
+                rows.append([arm.name, name, f"{other.name}: {theirs}", ours])
     notes = ["Seeds, names, and where files lie are left out of this table."]
     if not rows:
         notes = [

@@ -8,7 +8,7 @@ so that runs of older versions can be reported too. Left out on purpose: tensors
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from projected_grpo.errors import InputError
+from projected_grpo.run_state import is_trained, read_starts
 from projected_grpo.steplog import Metrics, read_metrics
 
 CONTROLS = ("random", "random_matched", "placebo_style", "placebo_wrong", "flipped")
@@ -35,6 +36,8 @@ class Run:
     """Why the run is in no mean; None for one that is compared."""
     remarks: tuple[str, ...] = field(default=())
     """What is missing in a run that is compared."""
+    code: tuple[str, ...] = ()
+    """Version and commit of each start of it; empty for a run of an older version."""
 
     @property
     def name(self) -> str:
@@ -54,9 +57,9 @@ class Run:
         return self.config["steps"]
 
     @property
-    def code(self) -> str:
-        """Version and commit that trained it, as its basis has it."""
-        return self.basis_info.get("code_version", "unknown")
+    def base_model(self) -> str:
+        """Fingerprint of the weights that were trained: one name may stand for several of them, as `micro` does."""
+        return self.basis_info.get("model_fingerprint", "")
 
     @property
     def reached(self) -> int:
@@ -67,7 +70,7 @@ def find_runs(roots: Sequence[Path]) -> list[Run]:
     """Every run in or below `roots`, by name and seed, with those marked that cannot be compared.
 
     Raises:
-        InputError: no run there, a damaged file, several presets, one (arm, seed) twice, one label for two arms.
+        InputError: no run there, a config.json that is damaged, one (arm, seed) twice, one label for two arms.
     """
     folders: dict[Path, None] = {}
     for root in roots:
@@ -78,7 +81,10 @@ def find_runs(roots: Sequence[Path]) -> list[Run]:
         raise InputError(f"no run in {', '.join(map(str, roots))}: no config.json of a run there; train one first")
     runs = [read_run(folder) for folder in folders]
     _refuse_mixtures(runs)
-    return _mark_evaluations(_mark_unequal_steps(sorted(runs, key=lambda run: (_place(run), run.seed))))
+    runs = sorted(runs, key=lambda run: (_place(run), run.seed))
+    runs = _leave_out_minority(runs, lambda run: run.config["preset"], "preset")
+    runs = _leave_out_minority(runs, lambda run: run.steps, "steps")
+    return _mark_evaluations(_leave_out_minority(runs, lambda run: run.base_model, "base model"))
 
 
 def from_here(path: Path) -> Path:
@@ -105,7 +111,7 @@ def _is_run_config(path: Path) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """One run's folder. Raises InputError with the file for one that is damaged."""
+    """One run's folder; one with a damaged file is left out. Raises InputError where config.json itself is damaged."""
     config = _json_object(folder / "config.json")
     config = {
         "label": None,
@@ -118,9 +124,16 @@ def read_run(folder: Path) -> Run:
             raise InputError(
                 f"{folder / 'config.json'}: {name} {config.get(name)!r} is not of {kind.__name__}; mend it"
             )
+    try:
+        return _read_files(folder, config)
+    except InputError as error:
+        return Run(folder, config, [], None, {}, False, f"damaged: {error}")
+
+
+def _read_files(folder: Path, config: dict[str, Any]) -> Run:
     metrics_path = folder / "metrics.jsonl"
     metrics = read_metrics(metrics_path) if metrics_path.is_file() else []
-    finished = (folder / "adapter").is_dir() and len(metrics) >= config["steps"]
+    finished = is_trained(folder) and len(metrics) >= config["steps"]
     reached = metrics[-1]["step"] if metrics else 0
     evaluation = _read_evaluation(folder / "eval.json") if (folder / "eval.json").is_file() else None
     return Run(
@@ -131,6 +144,7 @@ def read_run(folder: Path) -> Run:
         _basis_header(folder / "basis.safetensors").get("info", {}),
         finished,
         None if finished else f"unfinished: step {reached} of {config['steps']}",
+        code=tuple(start["code"] for start in read_starts(folder)),
     )
 
 
@@ -193,13 +207,10 @@ def read_spectrum(run: Run) -> Spectrum | None:
 
 
 def _refuse_mixtures(runs: Sequence[Run]) -> None:
-    presets = sorted({run.config["preset"] for run in runs})
-    if len(presets) > 1:
-        raise InputError(f"the runs are of different presets ({', '.join(presets)}); write a report for each of them")
-    seen: dict[tuple[str, int], Run] = {}
+    seen: dict[tuple[str, str, int], Run] = {}
     kinds: dict[str, Run] = {}
     for run in runs:
-        if (other := seen.setdefault((run.name, run.seed), run)) is not run:
+        if (other := seen.setdefault((run.config["preset"], run.name, run.seed), run)) is not run:
             raise InputError(
                 f"{run.name} with seed {run.seed} is there twice, in {other.folder} and {run.folder}; give one "
                 "of them, or train with a --label"
@@ -217,14 +228,17 @@ def _place(run: Run) -> tuple[int, bool, str]:
     return order.index(run.kind) if run.kind in order else len(order), run.name != run.kind, run.name
 
 
-def _mark_unequal_steps(runs: list[Run]) -> list[Run]:
-    counts = Counter(run.steps for run in runs if run.finished)
-    if not counts:
+def _leave_out_minority(runs: list[Run], value: Callable[[Run], Any], what: str) -> list[Run]:
+    """Finished runs with another value than most of them are in no mean; of two as frequent, the greater one counts."""
+    counts = Counter(value(run) for run in runs if run.left_out is None)
+    if len(counts) < 2:
         return runs
-    steps = max(counts, key=lambda number: (counts[number], number))
-    why = f"steps: the compared runs have {steps}, this one "
+    usual = max(counts, key=lambda one: (counts[one], one))
+    why = f"{what}: the compared runs have {usual}, this one "
     return [
-        replace(run, left_out=f"{why}{run.steps}", evaluation=None) if run.finished and run.steps != steps else run
+        replace(run, left_out=f"{why}{value(run) or 'does not say'}", evaluation=None)
+        if run.left_out is None and value(run) != usual
+        else run
         for run in runs
     ]
 

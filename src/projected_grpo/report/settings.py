@@ -2,13 +2,21 @@
 
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from projected_grpo.report.compare import Arm
 from projected_grpo.report.runs import Run
+
+if TYPE_CHECKING:
+    from projected_grpo.report.compare import Arm
 
 PLACES = {"out_root", "overwrite", "resume", "grader_workers", "device", "save_every", "basis"}
 """Where things lie and how fast they go: two runs that differ in these alone are one experiment."""
-NAMES = {"arm", "label", "seed", "preset"}
+NAMES = {"arm", "label", "seed", "preset", "exploratory"}
+OF_THE_METHOD = {
+    *("pairs", "n_pairs", "pairs_without", "v_hack_k", "drop_bottom_frac", "token_reduction"),
+    *("gate", "overshoot", "preserve_magnitude", "project_target", "vhack_refresh_every"),
+}
+"""What an arm may have of its own and still be compared with a vanilla that has another: it does nothing there."""
 
 
 def setting(run: Run, name: str) -> str:
@@ -24,11 +32,15 @@ def values_of(runs: Iterable[Run], name: str) -> list[str]:
     return list(dict.fromkeys(setting(run, name) for run in runs))
 
 
-def runs_of(arm: Arm) -> list[Run]:
+def runs_of(arm: "Arm") -> list[Run]:
     return [observed.run for observed in arm.runs.values()]
 
 
-def varying(arm: Arm) -> dict[str, list[str]]:
+def exploratory(arm: "Arm") -> bool:
+    return any(run.config.get("exploratory") for run in runs_of(arm))
+
+
+def varying(arm: "Arm") -> dict[str, list[str]]:
     """Settings in which the runs of one arm differ, names and seeds left out."""
     runs = runs_of(arm)
     names = _names(runs) - NAMES - PLACES
@@ -36,7 +48,7 @@ def varying(arm: Arm) -> dict[str, list[str]]:
     return {name: values for name, values in found.items() if len(values) > 1}
 
 
-def departures(arm: Arm, reference: Arm) -> dict[str, tuple[str, str]]:
+def departures(arm: "Arm", reference: "Arm") -> dict[str, tuple[str, str]]:
     """Settings in which an arm is not as the reference is: (reference's, arm's)."""
     ours, theirs = runs_of(arm), runs_of(reference)
     if not ours or not theirs:
@@ -49,7 +61,7 @@ def departures(arm: Arm, reference: Arm) -> dict[str, tuple[str, str]]:
     return found
 
 
-def same_settings(arm: Arm, reference: Arm) -> bool:
+def same_settings(arm: "Arm", reference: "Arm") -> bool:
     """Whether nothing but the arm differs; random directions have nothing to refresh."""
     free = {"vhack_refresh_every"} if arm.kind.startswith("random") else set()
     return departures(arm, reference).keys() <= free

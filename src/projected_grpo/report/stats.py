@@ -35,16 +35,19 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def t_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p that the mean difference is 0; None with fewer than two, or where none differs from another."""
+    """Two-sided p that the mean difference is 0: 1 where all are 0. None with fewer than two, or where all are one
+    number other than 0, of which the test knows nothing."""
     if len(differences) < 2 or np.ptp(differences) < 1e-12:
-        return None
+        return 1.0 if len(differences) > 1 and abs(differences[0]) < 1e-12 else None
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def sign_test(differences: Sequence[float]) -> float | None:
-    """Exact two-sided sign test; differences of 0 are left out, and None where that leaves none."""
+    """Exact two-sided sign test; differences of 0 are left out, and p is 1 where that leaves none. None without any."""
     signs = [difference > 0 for difference in differences if abs(difference) > 1e-12]
-    return float(stats.binomtest(sum(signs), len(signs), 0.5).pvalue) if signs else None
+    if not signs:
+        return 1.0 if len(differences) else None
+    return float(stats.binomtest(sum(signs), len(signs), 0.5).pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -6,6 +6,7 @@ No mean is silent: beside each stands the number of its seeds, and an empty cell
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from projected_grpo.report import stats
 from projected_grpo.report.compare import Arm, Paired, Study, Summary, summarise
@@ -36,8 +37,8 @@ def main_table(study: Study, comparisons: Comparisons, verdicts: Sequence[Verdic
             summary = summarise(arm, measure)
             cells.append(NONE if summary.mean is None else f"{percent(summary.mean)} (n={len(summary.seeds)})")
         paired = comparisons.get((arm.name, hack))
-        if arm is study.vanilla:
-            cells += [NONE, NONE, "reference"]
+        if arm.kind == "vanilla":
+            cells += [NONE, NONE, "reference" if arm in study.references.values() else NONE]
         elif paired is None or not paired.n:
             cells += [NONE, NONE, outcome.get(arm.name, NONE)]
         else:
@@ -121,16 +122,19 @@ def rate_tables(study: Study) -> list[Table]:
 
 def difference_tables(study: Study, comparisons: Comparisons) -> list[Table]:
     """Arm minus vanilla on the same seeds, with every interval and p."""
-    if study.vanilla is None:
-        note = "There is no vanilla run (or more than one label of it), so no difference is computed."
+    if not study.pairs:
+        note = "There is no vanilla run of any arm's settings (or more than one label), so no difference is computed."
         return [Table("differences", "Differences to vanilla", ["arm"], [], [note])]
     tables = []
     for (source, mode), measures in _groups(study).items():
-        pairs = [comparisons[arm.name, measure] for arm in study.others for measure in measures]
+        pairs = [comparisons[arm.name, measure] for arm, _ in study.pairs for measure in measures]
         if pairs:
-            title = f"Differences to {study.vanilla.name}: {_title(source, mode)}"
-            family = f"the comparisons with {study.vanilla.name} of the same rate, in this table"
-            tables.append(paired_table(f"differences-{_slug(source, mode)}", title, pairs, family))
+            title = f"Differences to vanilla: {_title(source, mode)}"
+            family = "the comparisons with vanilla of the same rate, in this table"
+            table = paired_table(f"differences-{_slug(source, mode)}", title, pairs, family)
+            others = [f"{arm.name} is compared with {v.name}." for arm, v in study.pairs if v is not study.vanilla]
+            others += [f"{a.name}: no vanilla of its settings." for a in study.others if a.name not in study.references]
+            tables.append(replace(table, notes=[*table.notes, *others]))
     return tables
 
 
