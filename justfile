@@ -94,9 +94,19 @@ leave-one-out *flags:
     projected-grpo sweep sweeps/leave_one_mode_out.toml {{flags}}
     projected-grpo report out/leave-one-mode-out/micro --out out/leave-one-mode-out/report --overwrite
 
+# every gate, target, refresh and control of the microcosm once, and its report
+controls *flags:
+    projected-grpo sweep sweeps/controls.toml {{flags}}
+    projected-grpo report out/controls/micro --out out/controls/report --overwrite
+
+# the microcosm with no, an eighth and half teacher rows, and its report
+teacher *flags:
+    projected-grpo sweep sweeps/teacher.toml {{flags}}
+    projected-grpo report out/teacher/micro --out out/teacher/report --overwrite
+
 # SmolLM2-135M with half teacher rows, vanilla, projected with pairs in the teacher's words and in others, random; its report
 smol *flags:
-    projected-grpo sweep sweeps/smol.toml {{flags}}
+    projected-grpo sweep sweeps/smol.toml --jobs 1 {{flags}}
     projected-grpo report out/smol/smol --out out/smol/report --overwrite
 
 _pool problems:

@@ -117,6 +117,13 @@ def interrupted(task):
     time.sleep(60)
 
 
+def terminated(task):
+    """SIGTERM, which reaches the sweep alone."""
+    tries(task)
+    os.kill(int((task.config.out_root / "pid").read_text()), signal.SIGTERM)
+    time.sleep(60)
+
+
 def stubborn(task):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(2):
@@ -421,7 +428,7 @@ def test_what_the_preparation_refuses_starts_nothing(tmp_path):
     assert [state_of(*run) for run in plan.runs] == ["start"] * 4
 
 
-@pytest.mark.parametrize("job", [interrupted, stubborn])
+@pytest.mark.parametrize("job", [interrupted, terminated, stubborn])
 def test_ctrl_c_starts_no_more_runs_and_says_how_to_go_on(tmp_path, capfd, job):
     plan = plan_of(tmp_path)
     (tmp_path / "out").mkdir()
@@ -434,6 +441,7 @@ def test_ctrl_c_starts_no_more_runs_and_says_how_to_go_on(tmp_path, capfd, job):
     assert err.count(" not started ") == 3
     assert "interrupted: finishing a step" in err or "interrupted: ending" in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     (tmp_path / "out" / "pid").unlink()
     go(plan, good)
     assert [state_of(*run) for run in plan.runs] == ["done"] * 4

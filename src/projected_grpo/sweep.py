@@ -42,7 +42,7 @@ def sweep(
         RunInterrupted: Ctrl-C; every run that was going has a checkpoint.
     """
     on_cpu = all(config.device == "cpu" for config, _ in plan.runs)
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     jobs = jobs or (cores if on_cpu else 1)
     share = max(1, cores // jobs)  # however many runs are left, so that a run's numbers do not depend on it
     tasks = [_task(*run, _threads(share), share) for run in plan.runs]

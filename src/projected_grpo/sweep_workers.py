@@ -64,20 +64,24 @@ class Watcher:
 
 
 class Interrupts:
-    """Counts Ctrl-C while it listens."""
+    """Counts Ctrl-C, and SIGTERM with it, while it listens."""
 
     count = 0
+    to_forward = False
+    """SIGTERM comes to this process alone, Ctrl-C to the runs as well."""
 
     @contextmanager
     def listening(self) -> Iterator["Interrupts"]:
-        before = signal.signal(signal.SIGINT, self._note)
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, signum, frame) -> None:
         self.count += 1
+        self.to_forward |= signum == signal.SIGTERM
 
 
 @contextmanager
@@ -147,6 +151,10 @@ def run_all(
                 running.append(_start(context, job, *waiting.popleft()))
                 watcher.started(running[-1])
             connection.wait([r.process.sentinel for r in running], timeout=TICK_S)
+            if interrupts.to_forward:
+                interrupts.to_forward = False
+                for each in running:
+                    os.kill(each.process.pid, signal.SIGINT)
             if interrupts.count > 1:
                 for each in running:
                     each.process.terminate()
