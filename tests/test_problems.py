@@ -62,6 +62,11 @@ def test_optional_fields_may_be_absent_or_null(tmp_path):
     assert load_problems(written(tmp_path, "p.jsonl", json.dumps(row)))[0].canonical_solution == ""
 
 
+def test_the_loopholes_function_has_a_name_of_the_problems_own_where_it_gives_one(tmp_path):
+    first, second = load_problems(written(tmp_path, "p.toml", TOML_ROW + 'test_func_name = "assess"\n' + SECOND))
+    assert (first.test_func_name, second.test_func_name) == ("assess", "run_tests")
+
+
 def test_question_without_the_frame_is_the_statement(tmp_path):
     row = JSON_ROW | {"question": "Return twice n."}
     (problem,) = load_problems(written(tmp_path, "p.jsonl", json.dumps(row)))
@@ -84,6 +89,7 @@ SECOND = TOML_ROW.replace("p-1", "p-2")
         (TOML_ROW.split("tests =")[0] + "tests = [3]\n", 2, "test 1 is int"),
         (TOML_ROW.replace("return 2 * n", "return 2 *"), 2, "canonical_solution does not parse"),
         (TOML_ROW.replace('func_name = "double"', 'func_name = "triple"'), 2, "does not define triple"),
+        (TOML_ROW + 'test_func_name = "run tests"\n', 2, "test_func_name 'run tests' is no name of a function"),
     ],
 )
 def test_refusals_of_toml_name_file_and_line(tmp_path, text, line, what):

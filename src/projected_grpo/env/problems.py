@@ -189,6 +189,7 @@ def _own(row: dict[str, Any], where: str) -> Problem:
         setup_code=_text(row, "setup_code", where, default=DEFAULT_SETUP),
         difficulty=_text(row, "difficulty", where),
         wrong_bodies=_bodies(row, where),
+        test_func_name=_text(row, "test_func_name", where, default="run_tests"),
     )
 
 
@@ -232,6 +233,8 @@ def _with_comment(starter: str) -> str:
 def _check(problem: Problem, where: str) -> None:
     if not problem.func_name.isidentifier():
         raise InputError(f"{where}: func_name {problem.func_name!r} is no name of a method")
+    if not problem.test_func_name.isidentifier():
+        raise InputError(f"{where}: test_func_name {problem.test_func_name!r} is no name of a function")
     if f"def {problem.func_name}(" not in problem.starter_code:
         raise InputError(f"{where}: the starter code does not define {problem.func_name}")
     for name in ("setup_code", "canonical_solution"):
