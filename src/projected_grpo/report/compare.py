@@ -159,8 +159,9 @@ def make_study(runs: list[Run], observed: Mapping[str, Observed]) -> Study:
 
 def _one_vanilla(arms: Sequence[Arm]) -> Arm | None:
     """The one called so, or the only one: two labels of one thing are nobody's reference."""
-    named = [arm for arm in arms if arm.name == "vanilla"]
-    return (named or arms or [None])[0] if named or len(arms) == 1 else None
+    if len(arms) == 1:
+        return arms[0]
+    return next((arm for arm in arms if arm.name == "vanilla"), None)
 
 
 def _like(arm: Arm, vanilla: Arm) -> bool:

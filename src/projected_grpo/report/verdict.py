@@ -272,8 +272,11 @@ def _headroom(study: Study) -> list[str]:
     for arm in study.arms.values():
         if arm.kind != "oracle" or not arm.runs:
             continue
-        ends = [[row.get("pass_student") for row in part] for run in runs_of(arm) for part in _ends(run.metrics)]
-        first, last = ([rate for rates in ends[i::2] for rate in rates if rate is not None] for i in (0, 1))
+        rates = [[row.get("pass_student") for row in run.metrics] for run in runs_of(arm)]
+        first, last = (
+            [rate for run in rates for rate in run[part] if rate is not None]
+            for part in (slice(LAST), slice(-LAST, None))
+        )
         if first and last:
             start, end = (100 * sum(rates) / len(rates) for rates in (first, last))
             enough = "enough" if end - start >= HEADROOM else f"less than the {HEADROOM:.0f} that are wanted"
@@ -282,10 +285,6 @@ def _headroom(study: Study) -> list[str]:
                 f"steps) to {end:.1f} % (last {LAST}): {end - start:+.1f} points of headroom, {enough}."
             ]
     return []
-
-
-def _ends(metrics: list) -> tuple[list, list]:
-    return metrics[:LAST], metrics[-LAST:]
 
 
 def headlines(study: Study) -> list[str]:
