@@ -84,9 +84,7 @@ def merged_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
     recorder = module.recorder if torch.is_grad_enabled() and delta.requires_grad else None
-    groups = None
-    if recorder is not None:
-        groups = recorder.groups_of(x)
+    groups = None if recorder is None else recorder.groups_of(x)
     return _MergedLinear.apply(x, delta, module, effective_weight(module, delta, dtype), recorder, groups)
 
 

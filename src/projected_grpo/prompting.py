@@ -45,13 +45,13 @@ class Prompter:
         opening = prefill(problem)
         return open_turn(self.loaded.tokenizer, messages, opening, self.template_kwargs), opening
 
-    def row(self, problem: Problem, mode: str, test_func_name: str = "") -> dict:
+    def row(self, problem: Problem, mode: str) -> dict:
         """A dataset row: what TRL needs, and what the reward and the pool look it up by.
 
         Raises:
             InputError: the prompt is longer than `max_prompt_length` tokens.
         """
-        prompt, opening = self.prompt(problem, mode, test_func_name)
+        prompt, opening = self.prompt(problem, mode)
         n_tokens = len(encode_prompt(self.loaded.tokenizer, prompt, self.template_kwargs))
         if self.max_prompt_length is not None and n_tokens > self.max_prompt_length:
             raise InputError(
@@ -63,7 +63,7 @@ class Prompter:
             "prefill": opening,
             "problem_id": problem.id,
             "mode": mode,
-            "test_func_name": test_func_name or problem.test_func_name,
+            "test_func_name": problem.test_func_name,
         }
 
     def completion(self, problem: Problem, text: str) -> str:

@@ -50,10 +50,13 @@ def last_checkpoint(folder: Path, steps: int) -> Path | None:
 
 def note_start(folder: Path) -> None:
     """Add to the run's starts: when, by which code, and with which command."""
-    starts = [*read_starts(folder), {"at": datetime.now(UTC).isoformat(timespec="seconds"), "code": code_version()}]
-    starts[-1]["command"] = shlex.join(["projected-grpo", *sys.argv[1:]])
+    this = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "command": shlex.join(["projected-grpo", *sys.argv[1:]]),
+    }
     temporary = folder / (STARTS + ".tmp")
-    temporary.write_text(json.dumps(starts, indent=1) + "\n")
+    temporary.write_text(json.dumps([*read_starts(folder), this], indent=1) + "\n")
     temporary.replace(folder / STARTS)
 
 

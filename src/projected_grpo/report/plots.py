@@ -129,6 +129,11 @@ def _smoothed(values: list[float]) -> list[float]:
     return [float(np.mean(values[max(0, i + 1 - WINDOW) : i + 1])) for i in range(len(values))]
 
 
+def _label_steps(axes: Axes, smooth: bool) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set_xlabel("optimiser step" + (f" (mean of the last {WINDOW} steps)" if smooth else ""))
+
+
 def _banded(arms: Sequence[Arm]) -> tuple[set[str], str]:
     """The kinds of arms that get a band, and words about it: a dozen bands on each other show nothing."""
     if len(arms) <= MANY:
@@ -187,8 +192,7 @@ def curves(study: Study) -> Plot:
                 axes.fill_between(steps, low.clip(0, 1), high.clip(0, 1), color=look["color"], alpha=0.12, lw=0)
             ends.append((float(mean[-1]), f"{arm.name} (n={len(arm.runs)})", look))
         axes.set_xlim(0 if longest > 10 else 1, longest)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.set_xlabel("optimiser step" + (f" (mean of the last {WINDOW} steps)" if smooth else ""))
+        _label_steps(axes, smooth)
         axes.set_title(f"{rate} rate, student's rollouts")
         _label_ends(axes, ends, longest, 0.062)
     caption = f"Mean over seeds with its 95 % t interval at each step as a band{said} (no band: one seed)."
@@ -276,8 +280,7 @@ def drift(study: Study) -> Plot:
             if arm.kind in banded:
                 axes.fill_between(steps, low, high, color=look["color"], alpha=0.12, lw=0)
         axes.set_title(name)
-        axes.set_xlabel("optimiser step" + (f" (mean of the last {WINDOW} steps)" if smooth else ""))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        _label_steps(axes, smooth)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
         "The optimiser steps along -g, so V δ sinks as hacking leaks through and rises with the one-sided gate's "
