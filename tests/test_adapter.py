@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo import adapter as adapter_module
 from projected_grpo import peft_registration
+from projected_grpo import svd as svd_module
 from projected_grpo.adapter import (
     DeltaSConfig,
     DeltaSLinear,
@@ -580,7 +580,7 @@ def turned_factors(angle):
     c, s = math.cos(angle), math.sin(angle)
     turn = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
 
-    def compute(weight):
+    def compute(weight, cache=None):
         factors = svd_factors(weight)
         if factors.s[0] - factors.s[-1] > 1e-5:
             return factors
@@ -597,7 +597,7 @@ def test_an_adapter_is_refused_over_other_factors_of_the_same_weights(tmp_path, 
     model = steer(get_peft_model(degenerate_model(), DeltaSConfig()))
     model.save_pretrained(tmp_path)
     assert same_logits(load(degenerate_model(), tmp_path), model)
-    monkeypatch.setattr(adapter_module, "svd_factors", turned_factors(0.3))
+    monkeypatch.setattr(svd_module, "svd_factors", turned_factors(0.3))
     with pytest.raises(ValueError, match="does not fit") as refusal:
         load(degenerate_model(), tmp_path)
     assert "factors differ" in str(refusal.value)
@@ -607,21 +607,21 @@ def test_an_adapter_is_refused_over_other_factors_of_the_same_weights(tmp_path, 
 def test_turning_a_degenerate_pair_does_change_what_delta_means(monkeypatch):
     # Why the adapter above must be refused: the same δ over the other factors is another model.
     model = steer(get_peft_model(degenerate_model(), DeltaSConfig()))
-    monkeypatch.setattr(adapter_module, "svd_factors", turned_factors(0.3))
+    monkeypatch.setattr(svd_module, "svd_factors", turned_factors(0.3))
     other = steer(get_peft_model(degenerate_model(), DeltaSConfig()))
     assert (logits(other) - logits(model)).abs().max() > 1e-4
 
 
 def test_an_adapter_is_accepted_over_factors_with_flipped_pairs(tmp_path, monkeypatch):
     # u_i vh_i is what δ_i scales; both signs flipped, it is the same.
-    def flipped(weight):
+    def flipped(weight, cache=None):
         factors = svd_factors(weight)
         signs = 1.0 - 2.0 * (torch.arange(len(factors.s)) % 2)
         return Factors(factors.u * signs, factors.s, factors.vh * signs[:, None], factors.weight_hash)
 
     model = adapted()
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(adapter_module, "svd_factors", flipped)
+    monkeypatch.setattr(svd_module, "svd_factors", flipped)
     torch.testing.assert_close(
         logits(PeftModel.from_pretrained(build_model(), tmp_path)), logits(model), rtol=0, atol=1e-6
     )

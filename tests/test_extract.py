@@ -19,7 +19,7 @@ from projected_grpo.env.prompts import build_prompt, prefill
 from projected_grpo.errors import InputError
 from projected_grpo.extract import describe, extract
 from projected_grpo.models import load_model, model_fingerprint
-from projected_grpo.pair_gradients import pair_gradients
+from projected_grpo.pair_gradients import encode_pairs, pair_gradients
 from projected_grpo.pairs import ContrastivePair, PairSet, load_pairs
 from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.svd import FINGERPRINT_BYTES
@@ -72,7 +72,7 @@ def by_hand(config: ExtractConfig) -> HackBasis:
     loaded = load_model(config.model, device="cpu")
     model = get_peft_model(loaded.model, DeltaSConfig())
     pairs = load_pairs(config.pairs)
-    grads = pair_gradients(model, loaded.tokenizer, pairs.pairs, temperature=config.temperature)
+    grads = pair_gradients(model, encode_pairs(model, loaded.tokenizer, pairs.pairs), temperature=config.temperature)
     prints = {name: torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8) for name in grads}
     return HackBasis.from_pair_gradients(
         grads, prints, HackBasis({}, {}, {}, {}, {}).info, config.v_hack_k, config.drop_bottom_frac

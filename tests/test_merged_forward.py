@@ -11,7 +11,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 from projected_grpo.adapter import DeltaSConfig, DeltaSLinear, delta_s_modules, delta_s_parameters
-from projected_grpo.merged_forward import rounded
+from projected_grpo.merged_forward import rounded, unchanging
 from projected_grpo.row_grads import RowGradRecorder
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -241,6 +241,34 @@ def test_whoever_changes_delta_the_next_forward_knows(change):
         assert torch.equal(merged(X), plain(X))
 
 
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_block_in_which_nobody_changes_delta_begins_with_the_delta_of_its_beginning(change):
+    merged, plain = adapted(), adapted("plain")
+    merged(X)
+    for model in (merged, plain):
+        change(model)
+    with unchanging(merged), unchanging(plain):
+        for _ in range(2):
+            torch.testing.assert_close(merged(X), plain(X), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        for module in [*delta_s_modules(merged).values(), *delta_s_modules(plain).values()]:
+            module.delta_s["default"].add_(0.5)
+    torch.testing.assert_close(merged(X), plain(X), rtol=1e-9, atol=1e-9)
+
+
+def test_another_adapter_inside_such_a_block_is_another_weight():
+    merged, plain = adapted(), adapted("plain")
+    for model in (merged, plain):
+        other_adapter(model)
+    with unchanging(merged):
+        for name in ("default", "other", "default"):
+            merged.set_adapter(name)
+            plain.set_adapter(name)
+            torch.testing.assert_close(merged(X), plain(X), rtol=1e-9, atol=1e-9)
+            with merged.disable_adapter():
+                assert torch.equal(merged(X), small_model()(X))
+
+
 @pytest.mark.parametrize("n", [16, 64, 256])
 def test_memory_that_a_cast_gave_back_does_not_pass_for_the_old_weight(n):
     for seed in range(4):
@@ -289,6 +317,32 @@ def test_a_tiny_delta_over_a_float32_weight_under_autocast_moves_the_output_by_n
         steered, base = made(x), made.base_layer(x)
     assert steered.dtype == torch.bfloat16
     assert (steered.float() - base.float()).norm() < 1e-3 * base.float().norm()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_what_is_offloaded_is_gone_from_the_layer_and_comes_back_as_it_was(scale):
+    model = adapted()
+    each(model, lambda delta: delta.data.mul_(scale))
+    modules = list(delta_s_modules(model).values())
+    with pytest.raises(ValueError, match="only a merged adapter can be offloaded"):
+        modules[0].offload()
+    before = [(m.u.clone(), m.vh.clone(), m.base_layer.weight.clone()) for m in modules]
+    wanted = model(X)
+    for _ in range(2):
+        model.merge_adapter()
+        for module in modules:
+            module.offload()
+            assert (module.u.numel(), module.vh.numel(), module.effective) == (0, 0, None)
+        assert torch.equal(model(X), wanted)
+        for module in modules:
+            module.restore()
+        model.unmerge_adapter()
+        for module, (u, vh, weight) in zip(modules, before, strict=True):
+            assert torch.equal(module.u, u)
+            assert torch.equal(module.vh, vh)
+            assert torch.equal(module.base_layer.weight, weight)
+        assert torch.equal(model(X), wanted)
+        modules[0].restore()  # nothing is gone, so nothing comes
 
 
 def test_merging_at_delta_zero_leaves_w_its_own_memory():

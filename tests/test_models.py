@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo import model_cache, models
+from projected_grpo import model_cache, models, random_models
 from projected_grpo.errors import InputError
 from projected_grpo.models import chat_template_kwargs, load_model, model_fingerprint
 
@@ -32,6 +32,35 @@ def tiny():
 def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_random_4b_has_layers_that_are_all_alike_and_a_tokenizer_that_loses_nothing(monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 4200, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(random_models, "QWEN3_4B", {**random_models.QWEN3_4B, **small, **heads})
+    before = torch.get_default_dtype(), torch.get_rng_state()
+    loaded, again, other = (load_model("qwen3-4b-random", "bfloat16", "cpu", seed) for seed in (0, 0, 1))
+    assert torch.get_default_dtype() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert same_weights(loaded.model, again.model)
+    assert not same_weights(loaded.model, other.model)
+    assert "random weights from seed 0" in loaded.note
+    first, *others = (layer.state_dict() for layer in loaded.model.model.layers)
+    assert all(torch.equal(x, layer[name]) for layer in others for name, x in first.items())
+    assert first["mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert len(loaded.tokenizer) <= loaded.model.config.vocab_size
+    text = "class Solution:\n    def f(self, x: int) -> int:  # é\n        return x\n"
+    ids = loaded.tokenizer(text)["input_ids"]
+    assert loaded.tokenizer.decode(ids) == text
+    assert len(ids) < len(text) / 2
+
+
+def test_the_random_4b_is_of_qwen3_4bs_size():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**random_models.QWEN3_4B))
+    assert sum(p.numel() for p in model.parameters()) == 4_022_468_096  # Qwen/Qwen3-4B's model card: 4.0B
 
 
 def test_import_is_cheap():
@@ -143,7 +172,7 @@ def test_whole_cache_is_used_and_a_failed_build_leaves_nothing(cache, monkeypatc
         (folder / "config.json").write_text("half")
         raise RuntimeError("build")
 
-    monkeypatch.setattr(models, "_build_tiny", fail)
+    monkeypatch.setattr(models, "build_tiny", fail)
     load_model("tiny-random", device="cpu")
     entries = list((cache / "models").iterdir())
     with pytest.raises(RuntimeError, match="build"):

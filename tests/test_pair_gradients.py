@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from tokenizers.processors import TemplateProcessing
@@ -19,7 +19,7 @@ from projected_grpo.basis import BasisInfo, HackBasis
 from projected_grpo.encoding import encode_completion, encode_prompt, open_turn
 from projected_grpo.errors import InputError
 from projected_grpo.models import load_model
-from projected_grpo.pair_gradients import encode_pair, pair_gradients
+from projected_grpo.pair_gradients import EncodedPair, encode_pair, encode_pairs, pair_gradients
 from projected_grpo.pairs import ContrastivePair, PairSet, load_pairs
 from projected_grpo.projection import project
 
@@ -46,6 +46,10 @@ def short_pair(i: int) -> ContrastivePair:
 
 
 PAIRS = [short_pair(i) for i in range(len(WORDS))]
+
+
+def gradients(model, tokenizer, pairs, **settings) -> dict[str, torch.Tensor]:
+    return pair_gradients(model, encode_pairs(model, tokenizer, pairs), temperature=TEMPERATURE, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +134,8 @@ def trainer_gradients(trainer, pair: ContrastivePair, pad_left: int, pad_right: 
 def test_the_pair_gradient_is_the_trainers_own_up_to_dr_grpos_constant(trainer, delta_scale, pad_left, pad_right):
     set_deltas(trainer.model, delta_scale)
     pairs = [PAIRS[0], replace(PAIRS[3], prompt="def plain(text):"), PAIRS[7]]
-    grads = pair_gradients(
-        trainer.model,
-        trainer.processing_class,
-        pairs,
-        temperature=trainer.temperature,
-        chat_template_kwargs=trainer.chat_template_kwargs,
-    )
+    encoded = encode_pairs(trainer.model, trainer.processing_class, pairs, trainer.chat_template_kwargs)
+    grads = pair_gradients(trainer.model, encoded, temperature=trainer.temperature)
     for i, pair in enumerate(pairs):
         theirs = trainer_gradients(trainer, pair, pad_left, pad_right)
         assert theirs.keys() == grads.keys()
@@ -150,7 +149,7 @@ def test_a_basis_extracted_from_a_trainer_uses_its_temperature_and_template(trai
     set_deltas(trainer.model, 0.05)
     pairs = PairSet("short", "hash", tuple(PAIRS[:3]))
     basis = HackBasis.extract(trainer, pairs, top_k=3, drop_bottom_frac=0.0)
-    grads = pair_gradients(trainer.model, trainer.processing_class, pairs.pairs, temperature=TEMPERATURE)
+    grads = gradients(trainer.model, trainer.processing_class, pairs.pairs)
     assert basis.info.temperature == TEMPERATURE
     assert basis.info.dtype == "float32"
     for name, v in basis.directions.items():
@@ -181,7 +180,7 @@ def slow_gradients(model, tokenizer, pair, reduction: str) -> dict[str, torch.Te
 def test_token_reduction_sums_or_averages_over_the_completions_tokens(wide, reduction):
     model, tokenizer = wide
     pair = replace(PAIRS[0], hack="pass", clean="assert f(2)")
-    grads = pair_gradients(model, tokenizer, [pair], temperature=TEMPERATURE, token_reduction=reduction)
+    grads = gradients(model, tokenizer, [pair], token_reduction=reduction)
     for name, wanted in slow_gradients(model, tokenizer, pair, reduction).items():
         assert grads[name].dtype == torch.float64
         # Qwen3's own RMSNorm and rotary tables are float32 whatever the model's dtype.
@@ -191,23 +190,52 @@ def test_token_reduction_sums_or_averages_over_the_completions_tokens(wide, redu
 def test_swapping_the_sides_of_a_pair_only_changes_its_sign(wide):
     model, tokenizer = wide
     swapped = replace(PAIRS[0], hack=PAIRS[0].clean, clean=PAIRS[0].hack)
-    grads = pair_gradients(model, tokenizer, [PAIRS[0], swapped], temperature=TEMPERATURE)
+    grads = gradients(model, tokenizer, [PAIRS[0], swapped])
     for rows in grads.values():
         torch.testing.assert_close(rows[1], -rows[0])
 
 
 def test_a_pairs_gradient_does_not_depend_on_the_pairs_beside_it(wide):
     model, tokenizer = wide
-    together = pair_gradients(model, tokenizer, PAIRS[:3], temperature=TEMPERATURE)
-    alone = pair_gradients(model, tokenizer, PAIRS[2:3], temperature=TEMPERATURE)
-    assert all(torch.equal(together[name][2], alone[name][0]) for name in together)
+    together = gradients(model, tokenizer, PAIRS[:3])
+    alone = gradients(model, tokenizer, PAIRS[2:3])
+    for name in together:
+        # Qwen3's own RMSNorm and rotary tables are float32 whatever the model's dtype.
+        assert (together[name][2] - alone[name][0]).norm() <= 1e-6 * alone[name][0].norm()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=5),
+    batch_tokens=st.sampled_from([1, 50, 120, 10**6]),
+    reduction=st.sampled_from(["sum", "mean"]),
+)
+def test_in_batches_as_one_pair_at_a_time_whatever_their_lengths(wide, sizes, batch_tokens, reduction):
+    model, _ = wide
+    encoded = [
+        EncodedPair(*([(31 * i + 7 * j) % 250 for j in range(n)] for i, n in enumerate((p, h + 1, c + 1))))
+        for p, h, c in sizes
+    ]
+    batched = pair_gradients(
+        model, encoded, temperature=TEMPERATURE, token_reduction=reduction, batch_tokens=batch_tokens
+    )
+    parameters = delta_s_parameters(model)
+    for i, pair in enumerate(encoded):
+        loss = 0.0
+        for ids, sign in ((pair.hack, -1.0), (pair.clean, 1.0)):
+            logits = model(input_ids=torch.tensor([pair.prompt + ids])).logits[0, len(pair.prompt) - 1 : -1]
+            log_probs = (logits / TEMPERATURE).log_softmax(-1)[range(len(ids)), ids]
+            loss = loss + sign * (log_probs.sum() if reduction == "sum" else log_probs.mean())
+        alone = torch.autograd.grad(loss, list(parameters.values()))
+        scale = torch.cat(alone).norm()
+        for name, grad in zip(parameters, alone, strict=True):
+            assert (batched[name][i] - grad).norm() <= 1e-6 * scale + 1e-12, (i, name)
 
 
 def test_pairs_are_used_whole_beyond_max_completion_length(wide):
     model, tokenizer = wide
-    limited = pair_gradients(model, tokenizer, PAIRS[:1], temperature=TEMPERATURE, max_completion_length=4)
-    whole = pair_gradients(model, tokenizer, PAIRS[:1], temperature=TEMPERATURE)
-    assert all(torch.equal(limited[name], whole[name]) for name in whole)
+    limited = encode_pairs(model, tokenizer, PAIRS[:1], max_completion_length=4)
+    assert limited == encode_pairs(model, tokenizer, PAIRS[:1])
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -215,30 +243,30 @@ def test_pairs_are_used_whole_beyond_max_completion_length(wide):
 
 def test_a_pair_whose_prompt_alone_is_too_long_is_refused_in_one_line(wide):
     model, tokenizer = wide
-    length = len(encode_pair(tokenizer, PAIRS[2])[0])
-    pair_gradients(model, tokenizer, PAIRS[2:3], temperature=TEMPERATURE, max_prompt_length=length)
+    length = len(encode_pair(tokenizer, PAIRS[2]).prompt)
+    encode_pairs(model, tokenizer, PAIRS[2:3], max_prompt_length=length)
     with pytest.raises(InputError, match=f"pair count: .*{length} tokens.*max_prompt_length={length - 1}") as refused:
-        pair_gradients(model, tokenizer, PAIRS[2:3], temperature=TEMPERATURE, max_prompt_length=length - 1)
+        encode_pairs(model, tokenizer, PAIRS[2:3], max_prompt_length=length - 1)
     assert "\n" not in str(refused.value)
 
 
 def test_a_pair_that_overflows_the_models_context_is_refused_by_name(wide):
     model, tokenizer = wide
-    prompt, hack, clean = encode_pair(tokenizer, PAIRS[4])
-    whole, context = len(prompt) + max(len(hack), len(clean)), model.config.max_position_embeddings
+    ids = encode_pair(tokenizer, PAIRS[4])
+    whole, context = len(ids.prompt) + max(len(ids.hack), len(ids.clean)), model.config.max_position_embeddings
     try:
         model.config.max_position_embeddings = whole
-        pair_gradients(model, tokenizer, PAIRS[4:5], temperature=TEMPERATURE)
+        gradients(model, tokenizer, PAIRS[4:5])
         model.config.max_position_embeddings = whole - 1
         with pytest.raises(InputError, match=r"pair even: .*context"):
-            pair_gradients(model, tokenizer, PAIRS[4:5], temperature=TEMPERATURE)
+            gradients(model, tokenizer, PAIRS[4:5])
     finally:
         model.config.max_position_embeddings = context
 
 
 def test_a_model_without_an_adapter_is_refused(loaded):
     with pytest.raises(ValueError, match="no delta_s adapter"):
-        pair_gradients(loaded.model, loaded.tokenizer, PAIRS[:1], temperature=TEMPERATURE)
+        gradients(loaded.model, loaded.tokenizer, PAIRS[:1])
 
 
 def test_a_model_with_two_active_adapters_is_refused(wide):
@@ -246,14 +274,14 @@ def test_a_model_with_two_active_adapters_is_refused(wide):
     model.add_adapter("second", DeltaSConfig())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="2 active"):
-        pair_gradients(model, tokenizer, PAIRS[:1], temperature=TEMPERATURE)
+        gradients(model, tokenizer, PAIRS[:1])
 
 
 def test_a_merged_adapter_is_refused(wide):
     model, tokenizer = wide
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
-        pair_gradients(model, tokenizer, PAIRS[:1], temperature=TEMPERATURE)
+        gradients(model, tokenizer, PAIRS[:1])
 
 
 # --- no trace --------------------------------------------------------------------------------------------------------
@@ -308,7 +336,7 @@ def test_extraction_leaves_gradients_generators_modes_and_optimiser_as_it_found_
     with torch.set_grad_enabled(grad_enabled):
         before = traces(model, optimizer)
         assert len(set(before["modes"])) == 2  # mixed, so that a plain model.train() afterwards would show
-        grads = pair_gradients(model, loaded.tokenizer, PAIRS[:2], temperature=TEMPERATURE)
+        grads = gradients(model, loaded.tokenizer, PAIRS[:2])
         after = traces(model, optimizer)
     for what, state in before.items():
         assert same(state, after[what]), what
@@ -317,9 +345,9 @@ def test_extraction_leaves_gradients_generators_modes_and_optimiser_as_it_found_
 
 def test_extraction_is_the_same_in_train_mode_with_dropout_as_in_eval_mode(training, loaded):
     model, _ = training
-    noisy = pair_gradients(model, loaded.tokenizer, PAIRS[:2], temperature=TEMPERATURE)
+    noisy = gradients(model, loaded.tokenizer, PAIRS[:2])
     model.eval()
-    quiet = pair_gradients(model, loaded.tokenizer, PAIRS[:2], temperature=TEMPERATURE)
+    quiet = gradients(model, loaded.tokenizer, PAIRS[:2])
     assert all(torch.equal(noisy[name], quiet[name]) for name in quiet)
 
 
@@ -330,9 +358,9 @@ def test_a_failed_extraction_puts_the_train_mode_back_too(training, loaded, monk
     def out_of_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(module_under_test, "_log_prob", out_of_memory)
+    monkeypatch.setattr(module_under_test, "_loss", out_of_memory)
     with pytest.raises(MemoryError):
-        pair_gradients(model, loaded.tokenizer, PAIRS[:1], temperature=TEMPERATURE)
+        gradients(model, loaded.tokenizer, PAIRS[:1])
     assert same(before["modes"], traces(model, optimizer)["modes"])
 
 
@@ -363,7 +391,7 @@ def gains(model, tokenizer, step_pairs, held_out, change=lambda name, grad: grad
     set_deltas(model, 0.0)
     before = margins(model, tokenizer, held_out)
     for _ in range(steps):
-        grads = pair_gradients(model, tokenizer, step_pairs, temperature=TEMPERATURE)
+        grads = gradients(model, tokenizer, step_pairs)
         with torch.no_grad():
             for name, delta in delta_s_parameters(model).items():
                 delta -= 1e-3 * change(name, grads[name].mean(0))
@@ -372,7 +400,7 @@ def gains(model, tokenizer, step_pairs, held_out, change=lambda name, grad: grad
 
 def basis_of(model, tokenizer, pairs, top_k: int) -> HackBasis:
     set_deltas(model, 0.0)
-    grads = pair_gradients(model, tokenizer, pairs, temperature=TEMPERATURE)
+    grads = gradients(model, tokenizer, pairs)
     prints = {name: torch.zeros(40, dtype=torch.uint8) for name in grads}
     return HackBasis.from_pair_gradients(grads, prints, BasisInfo(n_pairs=len(pairs)), top_k, drop_bottom_frac=0.0)
 
@@ -477,10 +505,10 @@ def test_prompt_ids_follow_template_arguments_and_start_tokens_as_the_trainer_do
 
 
 def test_a_pairs_completions_close_with_the_end_token(loaded):
-    prompt, hack, clean = encode_pair(loaded.tokenizer, PAIRS[0])
+    ids = encode_pair(loaded.tokenizer, PAIRS[0])
     end = loaded.tokenizer.eos_token_id
-    assert (hack, clean) == ([*PAIRS[0].hack.encode(), end], [*PAIRS[0].clean.encode(), end])
-    assert loaded.tokenizer.decode(prompt) == "<|im_start|>user\nWrite add.<|im_end|>\n<|im_start|>assistant\n"
+    assert (ids.hack, ids.clean) == ([*PAIRS[0].hack.encode(), end], [*PAIRS[0].clean.encode(), end])
+    assert loaded.tokenizer.decode(ids.prompt) == "<|im_start|>user\nWrite add.<|im_end|>\n<|im_start|>assistant\n"
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -16,6 +16,8 @@ from projected_grpo import svd
 from projected_grpo.svd import (
     FINGERPRINT_BYTES,
     PROBE_TOLERANCE,
+    decompose,
+    factors_of,
     fingerprint_mismatch,
     hash_weight,
     pack_fingerprint,
@@ -63,7 +65,7 @@ def no_svd(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the SVD was computed again")
 
-    return lambda: monkeypatch.setattr(torch.linalg, "svd", refuse)
+    return lambda: monkeypatch.setattr(svd, "decompose", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,58 @@ def test_factors_are_computed_in_float64(tmp_path):
     exact = torch.linalg.svdvals(weight.double())
     assert exact[-1] < 3e-7
     torch.testing.assert_close(svd_factors(weight, tmp_path).s.double(), exact, rtol=2e-7, atol=0)
+
+
+def with_ratio(shape, ratio, seed):
+    """A float64 matrix whose singular values go from 1 down to `ratio` in even steps of their logarithm."""
+    u, _, vh = torch.linalg.svd(make_weight("full", shape, seed, torch.float64), full_matrices=False)
+    return (u * torch.logspace(0, math.log10(ratio), min(shape), dtype=torch.float64)) @ vh
+
+
+@few
+@given(shape=st.tuples(st.integers(2, 40), st.integers(2, 40)), seed=st.integers(0, 99), ratio=st.floats(0.011, 0.9))
+def test_every_route_gives_the_same_adapter(shape, seed, ratio):
+    weight = with_ratio(shape, ratio, seed)
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(min(shape), generator=generator, dtype=torch.float64)
+    routes = {route: decompose(weight, route) for route in ("svd", "gram", "auto")}
+    assert all(torch.equal(a, b) for a, b in zip(routes["gram"], routes["auto"], strict=True))
+    u, s, vh = routes["svd"]
+    for name in ("gram", "auto"):
+        u_, s_, vh_ = routes[name]
+        torch.testing.assert_close(s_, s, rtol=0, atol=1e-11)
+        torch.testing.assert_close((u_ * s_) @ vh_, weight, rtol=0, atol=1e-11)
+        torch.testing.assert_close(u_.T @ u_, torch.eye(len(s), dtype=torch.float64), rtol=0, atol=1e-9)
+        torch.testing.assert_close(vh_ @ vh_.T, torch.eye(len(s), dtype=torch.float64), rtol=0, atol=1e-9)
+        gap = (s[:-1] - s[1:]).min() if len(s) > 1 else 1.0
+        torch.testing.assert_close((u_ * delta) @ vh_, (u * delta) @ vh, rtol=0, atol=1e-10 / gap.item())
+        ours, theirs = probe_factors(u_, vh_), probe_factors(u, vh)
+        assert (ours - theirs).norm() <= PROBE_TOLERANCE * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank_deficient", "one_hot", "small"])
+def test_the_gram_route_is_left_where_it_would_lose_the_small_singular_values(monkeypatch, kind):
+    weight = with_ratio((9, 4), 0.005, 1) if kind == "small" else make_weight(kind, (9, 4), dtype=torch.float64)
+    wanted, seen, original = decompose(weight, "svd"), [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: seen.append(a) or original(*a, **k))
+    assert all(torch.equal(a, b) for a, b in zip(decompose(weight), wanted, strict=True))
+    assert len(seen) == 1
+
+
+def test_many_weights_at_once_are_the_same_bits_as_one_by_one_whatever_the_threads(tmp_path):
+    weights = {f"w{i}": make_weight("full", (40 + i, 30), i) for i in range(6)} | {"zero": make_weight("zero", (5, 7))}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = {name: svd_factors(weight, tmp_path / "alone") for name, weight in weights.items()}
+        torch.set_num_threads(3)
+        together = factors_of(weights, tmp_path / "together")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert list(together) == list(weights)
+    assert all(same_bits(together[name], alone[name]) for name in weights)
+    assert factors_of({}) == {}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

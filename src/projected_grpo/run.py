@@ -90,8 +90,8 @@ def train(config: TrainConfig) -> str:
             )
         pool = TeacherPool([replace(r, completion=t) for r, t in zip(pool.rows, texts, strict=True)], pool.header)
     model = get_peft_model(loaded.model, DeltaSConfig())
-    callback = _projection(config, model, prompter, basis)
-    args = _grpo_config(config, prompter)
+    callback = projection_of(config, model, prompter, basis)
+    args = grpo_config(config, prompter)
     with _run_folder(config) as folder:
         return _train(config, folder, args, model, prompter, dataset, problems, pool, callback)
 
@@ -174,12 +174,11 @@ def _train(
             pool=pool,
             num_teacher=config.num_teacher,
             rollout_grad_every=config.rollout_grad_every,
+            offload=config.offload,
             on_row=log.row,
             on_rollouts=_RolloutFile(folder / ROLLOUTS, start_step),
         )
-        if "ref" in trainer.model.peft_config:
-            # TRL's copy of a ready adapter; at δ = 0 the disabled adapter is the same reference, and free.
-            trainer.model.delete_adapter("ref")
+        drop_reference_copy(trainer)
         trainer.remove_callback(PrinterCallback)  # the step log is this and more
         stopper = StopOnInterrupt()
         trainer.add_callback(stopper)
@@ -202,6 +201,12 @@ def _train(
         return log.verdict(files, f"projected-grpo eval --run {folder}")
 
 
+def drop_reference_copy(trainer: ProjectedGRPOTrainer) -> None:
+    """TRL's copy of a ready adapter; at δ = 0 the disabled adapter is the same reference, and free."""
+    if "ref" in trainer.model.peft_config:
+        trainer.model.delete_adapter("ref")
+
+
 def _model_card(config: TrainConfig) -> str:
     return f"""---
 base_model: {config.model}
@@ -215,7 +220,7 @@ A `delta_S` adapter of `{config.model}`: arm {config.arm}, preset {config.preset
 """
 
 
-def _projection(
+def projection_of(
     config: TrainConfig, model: PeftModel, prompter: Prompter, basis: HackBasis | None
 ) -> ProjectionCallback:
     arm = ARMS[config.arm]
@@ -237,7 +242,7 @@ def _projection(
     )
 
 
-def _grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
+def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
     rows = config.prompts_per_step * config.group_size
     accumulation = rows // config.micro_batch
     return GRPOConfig(

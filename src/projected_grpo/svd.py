@@ -11,10 +11,14 @@ Left out on purpose: a truncated decomposition. The knob acts on the whole spect
 import hashlib
 import os
 import struct
+import threading
 import uuid
-from contextlib import suppress
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64, UInt8
@@ -22,6 +26,7 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from projected_grpo.paths import cache_dir
 
@@ -30,6 +35,9 @@ PROBE_SIZE = 16
 FINGERPRINT_BYTES = 32 + 8 * PROBE_SIZE  # sha256 of the weight, and the probe in float64
 PROBE_TOLERANCE = 1e-6
 _PROBE_SEED = 20260101
+GRAM_RATIO = 1e-2
+Route = Literal["auto", "svd", "gram"]
+_ONE_AT_A_TIME = threading.Lock()  # torch loads CUDA's linear algebra on first use, and only once
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,64 @@ def svd_factors(weight: Float[Tensor, "d_out d_in"], cache: Path | None = None) 
     cached = _read_entry(entry, weight_hash, weight.shape)
     if cached is not None:
         return cached
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity, so it has no SVD")
-    u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    u, s, vh = (x.float().cpu().contiguous() for x in (u, s, vh))
+    u, s, vh = (x.float().cpu().contiguous() for x in decompose(weight))
     factors = Factors(u, s, vh, weight_hash)
     _write_entry(entry, factors)
     return factors
+
+
+def decompose(weight: Float[Tensor, "d_out d_in"], route: Route = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """U (d_out, r), S (r,), Vh (r, d_in) of `weight` in float64, on its device.
+
+    `svd`: `torch.linalg.svd`. `gram`: the eigenvectors of the smaller of W Wᵀ and WᵀW, and the other side from them,
+    about twice as fast on a CPU and many times on a GPU; its error grows with the square of the condition number, so
+    `auto` keeps it where smallest / largest singular value > GRAM_RATIO and otherwise takes `svd`.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinity, so it has no SVD")
+    with _ONE_AT_A_TIME if weight.is_cuda else nullcontext():
+        return _decompose(weight.detach().double(), route)
+
+
+def _decompose(wide: Float64[Tensor, "d_out d_in"], route: Route) -> tuple[Tensor, Tensor, Tensor]:
+    if route == "svd":
+        return torch.linalg.svd(wide, full_matrices=False)
+    tall = wide if len(wide) >= wide.shape[1] else wide.T
+    squares, v = torch.linalg.eigh(tall.T @ tall)
+    squares, v = squares.flip(0), v.flip(1)
+    if route == "auto" and not squares[-1] > squares[0] * GRAM_RATIO**2:  # also for W = 0
+        return torch.linalg.svd(wide, full_matrices=False)
+    u = tall @ v
+    s = u.norm(dim=0)
+    u = u / s
+    return (u, s, v.T) if tall is wide else (v, s, u.T)
+
+
+def factors_of(weights: Mapping[str, Tensor], cache: Path | None = None) -> dict[str, Factors]:
+    """`svd_factors` of many weights, several at a time, with a progress bar: one thread each, so that the factors do
+    not depend on how many threads there are."""
+    if not weights:
+        return {}
+    threads = torch.get_num_threads()
+    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+    bar = tqdm(total=len(weights), desc="SVD", unit="weight", leave=False, disable=None)
+
+    def one(weight: Tensor) -> Factors:
+        factors = svd_factors(weight, cache)
+        bar.update()
+        return factors
+
+    try:
+        if on_cpu:
+            torch.set_num_threads(1)
+        workers = threads if on_cpu else 4  # a GPU's work is done in turn, while other threads hash, read and write
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool, bar:
+            return dict(zip(weights, pool.map(one, weights.values()), strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def probe_factors(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"]) -> Float64[Tensor, "16"]:
@@ -87,7 +146,8 @@ def probe_factors(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"]) -> F
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     xi, eta = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (u.shape[1], vh.shape[1]))
     zeta = torch.randn(PROBE_SIZE, u.shape[0], generator=generator, dtype=torch.float64)
-    return zeta @ (u.detach().double().cpu() @ (xi * (vh.detach().double().cpu() @ eta)))
+    xi, eta, zeta = (x.to(u.device) for x in (xi, eta, zeta))
+    return (zeta @ (u.detach().double() @ (xi * (vh.detach().double() @ eta)))).cpu()
 
 
 def pack_fingerprint(weight_hash: bytes, probe: Float64[Tensor, "16"]) -> UInt8[Tensor, "160"]:

@@ -11,7 +11,8 @@ on-policy GRPO, and no metric of ours mixes the two sources. The projection itse
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from projected_grpo.adapter import DeltaSLinear, delta_s_modules
 from projected_grpo.encoding import encode_completion
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import RunFault
+from projected_grpo.merged_forward import unchanging
 from projected_grpo.pool import TeacherPool
 from projected_grpo.projection import ProjectionCallback, joint_norm
 from projected_grpo.rollout_grads import rollout_scores
@@ -48,6 +50,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         on_rollouts: receives the labelled rollouts of each generation.
         rollout_grad_every: optimiser steps between two measurements of the rollouts' own gradients (one more forward
             and backward each); 0 never measures them.
+        offload: keep the adapter's factors and the unmerged weights in host memory while a GPU generates.
     """
 
     _loss_inputs: dict[str, Tensor] | None = None  # set while TRL's loss is being computed
@@ -62,6 +65,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         on_row: Callable[[dict], None] = lambda row: None,
         on_rollouts: Callable[[list[dict]], None] = lambda rows: None,
         rollout_grad_every: int = 0,
+        offload: bool = False,
         **kwargs,
     ) -> None:
         super().__init__(*args, reward_funcs=[reward], **kwargs)
@@ -70,11 +74,13 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._pool_order = random.Random(f"{self.args.seed}/{self.accelerator.process_index}")
         self.num_teacher = num_teacher
         self.projection = projection
+        self._memory = _Memory(self.accelerator.device)
         self._timer = _StepTimer()
         self.add_callback(self._timer)  # before the projection, whose refresh is a part of the step
         self.add_callback(projection)
         self._on_row, self._on_rollouts = on_row, on_rollouts
         self._rollout_grad_every = rollout_grad_every
+        self._offload = offload
         self._recorder = RowGradRecorder(self._record)
         self.module_names = {module: name for name, module in delta_s_modules(self.model).items()}
         self._generation: dict[str, Any] = {}
@@ -105,10 +111,11 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         started = time.perf_counter()
+        self._memory.lap("other")
         is_teacher = self._generation["is_teacher"]
         students = [i for i, teacher in enumerate(is_teacher) if not teacher]
         n_students = num_generations - (self.num_teacher if self.model.training else 0)
-        with _merged(self.accelerator.unwrap_model(self.model), unless=self.use_vllm):
+        with _merged(self.accelerator.unwrap_model(self.model), unless=self.use_vllm, offload=self._offload):
             sampled, sampled_logps = super()._generate_single_turn(
                 [prompt_ids[i] for i in students], images, multimodal_fields, n_students, **kwargs
             )
@@ -126,6 +133,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             if logps is not None:
                 logps[i] = [None] * len(completion_ids[i])
         self._generation["time"] = time.perf_counter() - started
+        self._memory.lap("generation")
         return completion_ids, logps
 
     def _note_generation(self, inputs: list[dict], is_teacher: list[bool], advantages: Tensor) -> None:
@@ -176,7 +184,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._source_grads[name] = sums if before is None else before + sums
 
     def training_step(self, model, inputs, num_items_in_batch):
-        with self._recorder.attached(self.model):
+        with self._recorder.attached(self.model), unchanging(self.model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss_sum += loss.item()
         return loss
@@ -230,12 +238,13 @@ class ProjectedGRPOTrainer(GRPOTrainer):
     def _source_metrics(self) -> dict[str, float | None]:
         """cin_s and cin_t on the sources' own gradients, and their norms in units of the clipped gradient."""
         clip = min(1.0, self.args.max_grad_norm / (self._grad_norm + 1e-6)) if self.args.max_grad_norm else 1.0
-        metrics: dict[str, float | None] = {}
         both = {name: self.accelerator.reduce(sums, "mean") * clip for name, sums in self._source_grads.items()}
-        for i, short in enumerate("st"):
-            grads = {name: sums[i] for name, sums in both.items()}
-            share = self.projection.projector.hack_share(grads)
-            metrics |= {f"cin_{short}": share, f"grad_norm_{short}": joint_norm(grads)}
+        metrics: dict[str, float | None] = {}
+        for i, (short, share) in enumerate(
+            zip("st", self.projection.projector.hack_shares(both).tolist(), strict=True)
+        ):
+            norm = joint_norm({name: sums[i] for name, sums in both.items()})
+            metrics |= {f"cin_{short}": None if math.isnan(share) else share, f"grad_norm_{short}": norm}
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -258,6 +267,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             **self._measured,
             **{f"time/{part}": seconds for part, seconds in timing.items()},
         }
+        self._memory.lap("update")
+        row |= {f"memory/{part}_gb": most for part, most in self._memory.most.items()}
         others = ("time/generation", "time/grading", "time/refresh", "time/rollout_grads")
         row["time/update"] = row["time/step"] - sum(row.get(part, 0.0) for part in others)
         self._reset_step()
@@ -324,6 +335,21 @@ class _ByEpoch(Sampler):
         return len(self.sampler)
 
 
+class _Memory:
+    """Most memory held on a GPU in each part of a step, over all steps so far, in GB of 1e9 bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.most: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """What was held since the last lap belongs to `part`."""
+        if self.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(self.device) / 1e9
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.most[part] = max(held, self.most.get(part, 0.0))
+
+
 def _rates(rows: Sequence[dict]) -> dict[str, float | None]:
     """Rewards and rates, each source apart; None for a source without rows."""
 
@@ -342,16 +368,20 @@ def _rates(rows: Sequence[dict]) -> dict[str, float | None]:
     return rates
 
 
-class _merged:
-    """Merged weights inside the block, so that `generate` sees plain Linears; nothing with `unless`."""
-
-    def __init__(self, model, unless: bool) -> None:
-        self.model = model if isinstance(model, PeftModel) and not unless else None
-
-    def __enter__(self) -> None:
-        if self.model is not None:
-            self.model.merge_adapter()
-
-    def __exit__(self, *_) -> None:
-        if self.model is not None:
-            self.model.unmerge_adapter()
+@contextmanager
+def _merged(model, unless: bool, offload: bool) -> Iterator[None]:
+    """Merged weights inside the block, so that `generate` sees plain Linears; nothing with `unless`. `offload`:
+    what no merged weight needs is in a GPU's host memory."""
+    if unless or not isinstance(model, PeftModel):
+        yield
+        return
+    modules = delta_s_modules(model).values() if offload and model.device.type == "cuda" else ()
+    model.merge_adapter()
+    try:
+        for module in modules:
+            module.offload()
+        yield
+    finally:
+        for module in modules:
+            module.restore()
+        model.unmerge_adapter()
