@@ -1,110 +1,137 @@
-"""The grader's benchmark: what it measures and reports, on problems of a line each. Nothing here is about speed."""
+"""The benchmarks: that they measure what they say, in turn, and report it. Nothing here is about speed itself."""
 
+import json
+import time
 from dataclasses import replace
 
 import pytest
-from test_prompts import PROBLEM
+import torch
+from peft import get_peft_model
 
-from projected_grpo.bench import Report, Row, format_report, measure, own_time, program_of, run_fresh
+from projected_grpo.adapter import DeltaSConfig, delta_s_parameters
+from projected_grpo.bench.extraction import BATCHED, LOOP_MERGED, LOOP_PLAIN, bench_extract, by_loop
+from projected_grpo.bench.layer import FROZEN, LORA, MERGED, PLAIN, SPLIT
+from projected_grpo.bench.step import OURS, PROJECTED, STOCK, _Turns, bench_step
+from projected_grpo.bench.timing import Timings, in_turn, quartiles
 from projected_grpo.cli import main
-from projected_grpo.errors import RunFault
+from projected_grpo.models import load_model
+from projected_grpo.pair_gradients import EncodedPair, pair_gradients
+from projected_grpo.presets import preset_defaults
 
-SECOND = replace(
-    PROBLEM,
-    id="p-2",
-    tests=("assert Solution().addTwo(a = 1, b = 2) == 2",),
-    canonical_solution=PROBLEM.canonical_solution.replace("+", "*"),
-)
-SETTINGS = {"workers": 1, "repeats": 1, "rounds": 1}
+PAIRS = [EncodedPair(list(range(5, 20 + i)), list(range(40, 52)), list(range(60, 66 + i))) for i in range(3)]
 
 
-def sleeping(seconds: float):
-    """A problem whose canonical solution sleeps in each of its two tests."""
-    code = f"import time\n\n\nclass Solution:\n    def addTwo(self, a, b):\n        time.sleep({seconds})\n"
-    return replace(PROBLEM, canonical_solution=code + "        return a + b\n")
+def test_cases_are_run_in_turn_and_the_warm_up_is_not_counted():
+    order = []
+    cases = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = in_turn(cases, 3, torch.device("cpu"), warm_up=2)
+    assert "".join(order) == "ab" * 5
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    slow = in_turn({"slow": lambda: time.sleep(0.01), "fast": lambda: None}, 1, torch.device("cpu"))
+    assert slow["slow"][0] > 0.009 > slow["fast"][0]
 
 
-def test_two_small_problems_are_measured_on_both_sides():
-    report = measure([PROBLEM, SECOND], **SETTINGS)
-    assert [row.id for row in report.rows] == ["p-1", "p-2"]
-    for row in report.rows:
-        assert min(row.own, row.grader, row.fresh) > 0
-        assert row.overheads == (row.grader - row.own, row.fresh - row.own)
-    assert min(report.grader_rate, report.fresh_rate, report.rate_ratio) > 0
-    assert (report.fast, report.workers) == (2, 1)
-    rows, overhead, rate = format_report(report).splitlines()
-    assert rows.startswith("2 rows, median own run time ")
-    assert "(to hold: at most 1/8 and 6 ms)" in overhead
-    assert "(to hold: at least 8)" in rate
-    assert "2 rows under 2 ms" in rate
+def test_ratios_are_those_within_a_round_and_the_table_says_what_holds(tmp_path):
+    seconds = {"peer": [1.0, 10.0, 2.0], "ours": [1.5, 15.0, 4.0]}
+    timings = Timings("a thing", seconds, {"rows": 3}, {("ours", "peer"): 1.6, ("peer", "ours"): 0.5}, ("a note",))
+    assert timings.ratios("ours", "peer") == [1.5, 1.5, 2.0]
+    table = timings.table()
+    assert "ours / peer: 1.50 (to hold: at most 1.6): held" in table
+    assert "peer / ours: 0.67 (to hold: at most 0.5): NOT HELD" in table
+    assert table.splitlines()[0] == "a thing"
+    assert table.splitlines()[-1] == "  a note"
+    timings.save(tmp_path / "deep" / "t.json")
+    saved = json.loads((tmp_path / "deep" / "t.json").read_text())
+    assert saved["seconds"] == seconds
+    assert saved["limits"][0] == {"case": "ours", "to": "peer", "at_most": 1.6}
+    assert quartiles([2.0]) == (2.0, 2.0, 2.0)
+    assert quartiles([1.0, 2.0, 3.0]) == (1.5, 2.0, 2.5)
 
 
-@pytest.mark.parametrize("seconds", [0.004, 0.04])
-def test_rows_that_are_all_slow_still_make_a_report(seconds):
-    """A user's file may hold nothing else."""
-    report = measure([sleeping(seconds)], **SETTINGS)
-    assert report.fast == 0
-    assert "own run time" in format_report(report)
+def test_bench_layer_times_every_form_of_a_layer(tmp_path, capsys):
+    out = tmp_path / "layer.json"
+    small = ["--d-out", "12", "--d-in", "8", "--tokens", "24", "--rows", "4", "--rounds", "2", "--device", "cpu"]
+    assert main(["bench", "layer", *small, "--out", str(out)]) == 0
+    seconds = json.loads(out.read_text())["seconds"]
+    assert list(seconds) == [FROZEN, LORA, PLAIN, MERGED, SPLIT]
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+    assert "12 x 8, tokens 24, rows 4" in capsys.readouterr().out
 
 
-def test_the_report_sets_slow_rows_apart():
-    rows = (Row("a", 1.0, 2.0, 21.0), Row("b", 1.0, 2.0, 21.0), Row("c", 100.0, 105.0, 130.0))
-    text = format_report(Report(rows, 500.0, 40.0, 12.5, 2, 2))
-    assert text.splitlines()[0] == "2 rows, median own run time 1.00 ms"
-    assert "median: 1.00 ms; a fresh interpreter: 20.00 ms; ratio 1/20.0 (to hold: at most 1/8 and 6 ms)" in text
-    assert "500; fresh interpreters: 40.0; 12.5 times (to hold: at least 8)" in text
-    assert "slow by themselves (50 ms or more), apart: mean own run time 100 ms" in text
-    assert "graded in 105 ms, in a fresh interpreter 130 ms" in text
-
-
-def test_a_canonical_solution_that_fails_is_a_fault():
-    for wrong in ("return a - b", "return a // 0", "return None"):
-        code = PROBLEM.canonical_solution.replace("return a + b", wrong)
-        with pytest.raises(RunFault, match="canonical solution of problem p-2 does not pass"):
-            measure([PROBLEM, replace(SECOND, canonical_solution=code)], **SETTINGS)
-
-
-def test_what_fails_in_a_plain_interpreter_is_a_fault():
-    wrong = replace(PROBLEM, canonical_solution=PROBLEM.canonical_solution.replace("a + b", "a - b"))
-    with pytest.raises(RunFault, match=r"(?s)problem p-1: the canonical solution failed: .*AssertionError"):
-        own_time(wrong)
-    with pytest.raises(RunFault, match=r"(?s)failed in a plain interpreter: .*AssertionError"):
-        run_fresh(program_of(wrong))
-    assert own_time(PROBLEM) > 0
-    run_fresh(program_of(PROBLEM))
-
-
-def test_the_command_prints_the_report(capsys, material):
-    few = ["--workers", "1", "--repeats", "1", "--rounds", "1"]
-    assert main(["bench", "grader", "--problems", str(material / "problems.toml"), *few]) == 0
+def test_bench_svd_shows_the_errors_of_both_routes(tmp_path, capsys):
+    small = ["--d-out", "12", "--d-in", "8", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path / "svd.json")]
+    assert main(["bench", "svd", *small]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("3 rows, median own run time")
-    assert "(to hold: at least 8)" in out
+    assert out.count("max-norm errors: W ") == 2
+
+
+def test_the_loop_that_the_batches_are_timed_against_gives_the_same_gradients():
+    model = get_peft_model(load_model("tiny-random", "float64", "cpu").model, DeltaSConfig())
+    with torch.no_grad():
+        for delta in delta_s_parameters(model).values():
+            delta += 0.01
+    ours, slow = pair_gradients(model, PAIRS, temperature=0.7), by_loop(model, PAIRS, 0.7)
+    for name, rows in slow.items():
+        assert (ours[name] - rows).norm() <= 1e-6 * rows.norm()
+    timings = bench_extract(model, PAIRS, 0.7, 1, {"model": "tiny"})
+    assert list(timings.seconds) == [LOOP_PLAIN, LOOP_MERGED, BATCHED]
+    assert timings.about["pairs"] == 3
+    (note,) = timings.notes
+    assert float(note.split("plain loop's: ")[1].split()[0]) < 1e-6
+
+
+def test_one_of_several_threads_runs_at_a_time_and_one_that_fails_ends_all():
+    order, turns = [], _Turns(["a", "b"])
+
+    def work(name, steps, fails=False):
+        def run():
+            for i in range(steps):
+                if i:
+                    turns.pass_on()
+                    turns.wait(name)
+                order.append(name)
+                time.sleep(0.002)
+            if fails:
+                raise RuntimeError("no more")
+
+        return run
+
+    turns.run({"a": work("a", 3), "b": work("b", 4)})
+    assert "".join(order) == "abababb"
+    turns = _Turns(["a", "b"])
+    with pytest.raises(RuntimeError, match="no more"):
+        turns.run({"a": work("a", 1, fails=True), "b": work("b", 9)})
+
+
+@pytest.mark.slow
+def test_a_step_of_ours_is_timed_beside_one_of_stock_trl():
+    config = replace(preset_defaults("smoke"), n_pairs=4, max_completion_length=4, prompts_per_step=1)
+    timings = bench_step(config, rounds=1)
+    assert list(timings.seconds) == [STOCK, *OURS]
+    assert all(len(times) == 1 and times[0] > 0 for times in timings.seconds.values())
+    assert timings.about["rows"] == 4
+    assert timings.about["pairs"] == 4
+    assert all("generation" in note and "generation 0 ms" not in note for note in timings.notes)
+    assert (PROJECTED, STOCK) in timings.limits
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--workers", "0"], "--workers 0 must be at least 1"),
-        (["--workers", "-1"], "--workers -1 must be at least 1"),
-        (["--repeats", "0"], "--repeats 0 must be at least 1"),
-        (["--rounds", "0"], "--rounds 0 must be at least 1"),
-        (["--problems"], "--problems names nothing"),
-        (["--problems", "eval", "eval"], "the same ids"),
-        (["--problems", "absent.toml"], "absent.toml: no such file"),
-        (["--workers", "many"], "many"),
+        (["layer", "--rounds", "0"], "--rounds 0 must be at least 1"),
+        (["layer", "--tokens", "10", "--rows", "4"], "--tokens 10 is no multiple of --rows 4"),
+        (["layer", "--d-out", "0"], "--d-out 0 must be at least 1"),
+        (["layer", "--device", "tpu9"], "no device"),
+        (["svd", "--d-in", "-1"], "--d-in -1 must be at least 1"),
+        (["step", "smoke", "--rounds", "none"], "--rounds none must be a number"),
+        (["step", "tiny"], "tiny"),
+        (["extract", "smoke", "--rounds", "0"], "--rounds 0 must be a number of at least 1"),
+        (["extract", "smoke", "--pairs", "absent.toml"], "absent.toml: no such file"),
     ],
 )
-def test_bad_arguments_are_refused(capsys, args, says):
-    assert main(["bench", "grader", *args]) == 2
+def test_bad_arguments_are_refused_in_one_line(capsys, args, says):
+    assert main(["bench", *args]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert "\n" not in error
     assert says in error
-
-
-def test_problems_without_a_canonical_solution_are_refused(capsys, tmp_path, material):
-    text = (material / "problems.toml").read_text()
-    (tmp_path / "p.toml").write_text(text.replace("canonical_solution", "old_solution"))
-    assert main(["bench", "grader", "--problems", str(tmp_path / "p.toml")]) == 2
-    assert "problem double has no canonical solution to time (3 such)" in capsys.readouterr().err

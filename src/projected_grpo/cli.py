@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from projected_grpo import cli_env, cli_micro, cli_report, cli_sweep
+from projected_grpo import cli_bench, cli_env, cli_micro, cli_report, cli_sweep
 from projected_grpo.cli_options import PROG, console, copy_fields, parse, take, with_preset
 from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
@@ -98,6 +98,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **cli_sweep.COMMANDS,
     **cli_env.COMMANDS,
     **cli_report.COMMANDS,
+    **cli_bench.COMMANDS,
 }
 
 

@@ -224,44 +224,11 @@ def download_data(args: list[str]) -> None:
         logger.info(f"{path}: {path.stat().st_size} bytes, verified")
 
 
-@dataclass(frozen=True)
-class BenchGraderOptions:
-    problems: tuple[str, ...] = ("train", "eval")
-    """Built-in parts or files whose canonical solutions are timed."""
-    workers: int = 2
-    """On both sides, for completions per second."""
-    repeats: int = 5
-    """Timings of each row on each side, in turn."""
-    rounds: int = 5
-    """Pairs of batches."""
-
-
-def bench_grader(args: list[str]) -> None:
-    """The grader's overhead and throughput against a fresh interpreter for each completion, in one run."""
-    options = parse(BenchGraderOptions, args, "bench grader")
-    console()
-    from projected_grpo.bench import format_report, measure
-    from projected_grpo.sources import problems_of
-
-    for name in ("workers", "repeats", "rounds"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)} must be at least 1")
-    problems = [problem for source in options.problems for problem in problems_of(source)]
-    if not problems:
-        raise InputError("--problems names nothing; leave it out for our own problems")
-    if len({problem.id for problem in problems}) < len(problems):
-        raise InputError("--problems names files with the same ids; time them apart")
-    if without := [problem.id for problem in problems if not problem.canonical_solution]:
-        raise InputError(f"problem {without[0]} has no canonical solution to time ({len(without)} such)")
-    print(format_report(measure(problems, options.workers, options.repeats, options.rounds)))
-
-
 COMMANDS = {
     "grade": grade,
     "problems check": problems_check,
     "pairs check": pairs_check,
     "pool build": pool_build,
     "modes": modes,
-    "bench grader": bench_grader,
     "download-data": download_data,
 }

@@ -1,0 +1,61 @@
+"""The pairs' gradients in batches, against one pair at a time with a backward for each side."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from projected_grpo.adapter import delta_s_modules, delta_s_parameters
+from projected_grpo.bench.timing import Timings, in_turn, machine
+from projected_grpo.merged_forward import Form
+from projected_grpo.pair_gradients import EncodedPair, pair_gradients
+
+LOOP_PLAIN, LOOP_MERGED, BATCHED = "a backward a side, plain", "a backward a side, merged", "in batches"
+
+
+def bench_extract(
+    model: nn.Module, pairs: Sequence[EncodedPair], temperature: float, rounds: int, about: dict
+) -> Timings:
+    """Seconds of D for all pairs. `plain` runs over the hook-like layer, three matmuls, as earlier harnesses did."""
+    device = next(model.parameters()).device
+    modules = list(delta_s_modules(model).values())
+
+    def loop(form: Form) -> dict[str, Tensor]:
+        before = modules[0].form
+        for module in modules:
+            module.form = form
+        try:
+            return by_loop(model, pairs, temperature)
+        finally:
+            for module in modules:
+                module.form = before
+
+    cases = {
+        LOOP_PLAIN: lambda: loop("plain"),
+        LOOP_MERGED: lambda: loop("merged"),
+        BATCHED: lambda: pair_gradients(model, pairs, temperature=temperature),
+    }
+    seconds = in_turn(cases, rounds, device)
+    ours, theirs = (torch.cat(list(cases[case]().values()), 1).double() for case in (BATCHED, LOOP_PLAIN))
+    gap = ((ours - theirs).norm() / theirs.norm()).item()
+    about = about | {"pairs": len(pairs)} | machine(device)
+    note = f"distance of the batched D from the plain loop's: {gap:.1e} of its norm"
+    return Timings("pair gradients", seconds, about, {(BATCHED, LOOP_PLAIN): 0.25}, (note,))
+
+
+def by_loop(model: nn.Module, pairs: Sequence[EncodedPair], temperature: float) -> dict[str, Tensor]:
+    """D (n_pairs, r) of every module, by one forward and backward for each side of each pair."""
+    parameters = delta_s_parameters(model)
+    device = next(model.parameters()).device
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for pair in pairs:
+        sides = []
+        for completion in (pair.hack, pair.clean):
+            ids = torch.tensor([pair.prompt + completion], device=device)
+            logits = model(input_ids=ids, logits_to_keep=len(completion) + 1).logits[0, :-1]
+            log_probs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+            log_prob = log_probs.gather(-1, ids[0, len(pair.prompt) :, None]).sum()
+            sides.append(torch.autograd.grad(log_prob, list(parameters.values())))
+        for name, hack, clean in zip(parameters, *sides, strict=True):
+            rows[name].append((clean - hack).cpu())
+    return {name: torch.stack(grads) for name, grads in rows.items()}

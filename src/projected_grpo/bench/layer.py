@@ -1,0 +1,64 @@
+"""One linear layer, forward and backward: frozen and bare, under PEFT's LoRA, and under `delta_s` in its forms."""
+
+import copy
+from collections import OrderedDict
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from projected_grpo.adapter import DeltaSConfig, delta_s_modules
+from projected_grpo.bench.timing import Timings, in_turn, machine
+from projected_grpo.row_grads import RowGradRecorder
+
+FROZEN, LORA, PLAIN, MERGED, SPLIT = ("frozen", "LoRA r=32", "delta_s plain", "delta_s merged", "delta_s merged, split")
+LIMITS = {(MERGED, FROZEN): 1.6, (MERGED, PLAIN): 0.5}
+
+
+def bench_layer(
+    d_out: int, d_in: int, rows: int, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> Timings:
+    """Seconds of y = layer(x) and its backward from a given dL/dy, with dL/dx: x (rows, tokens / rows, d_in).
+
+    `split`: the first half of the rows and the second have each their own gradient of δ, as the student's rows and the
+    teacher's have in training.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    bare = nn.Sequential(OrderedDict(linear=nn.Linear(d_in, d_out, bias=False, device=device, dtype=dtype)))
+    with torch.no_grad():
+        next(bare.parameters()).copy_(normal(d_out, d_in) / d_in**0.5)
+    bare.requires_grad_(False)
+    models: dict[str, nn.Module] = {
+        FROZEN: bare,
+        LORA: get_peft_model(copy.deepcopy(bare), LoraConfig(r=32, target_modules=["linear"])),
+        PLAIN: get_peft_model(copy.deepcopy(bare), DeltaSConfig(target_modules=["linear"], form="plain")),
+        MERGED: get_peft_model(copy.deepcopy(bare), DeltaSConfig(target_modules=["linear"])),
+    }
+    models[SPLIT] = models[MERGED]
+    for model in (models[PLAIN], models[MERGED]):
+        (module,) = delta_s_modules(model).values()
+        with torch.no_grad():
+            module.delta_s["default"].copy_(normal(min(d_out, d_in)) * 1e-2)
+    x = normal(rows, tokens // rows, d_in).requires_grad_()
+    dy = normal(rows, tokens // rows, d_out)
+    recorder = RowGradRecorder(lambda module, grads: None)
+    recorder.groups = torch.arange(rows, device=device).tensor_split(2)
+
+    def step(model: nn.Module) -> None:
+        model(x).backward(dy)
+        x.grad = None
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def split() -> None:
+        with recorder.attached(models[SPLIT]):
+            step(models[SPLIT])
+
+    cases = {name: (lambda model=model: step(model)) for name, model in models.items()} | {SPLIT: split}
+    seconds = in_turn(cases, rounds, device)
+    about = {"shape": f"{d_out} x {d_in}", "tokens": tokens, "rows": rows, "dtype": str(dtype).removeprefix("torch.")}
+    return Timings("layer, forward and backward", seconds, about | machine(device), LIMITS)

@@ -1,0 +1,178 @@
+"""The `bench` commands: each thing against its peer, in turn, in one process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from projected_grpo.cli_options import console, parse, take, with_preset
+from projected_grpo.errors import InputError
+
+if TYPE_CHECKING:
+    from projected_grpo.bench.timing import Timings
+
+
+def _positive(options: object, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+
+
+def _report(timings: "Timings", out: Path) -> None:
+    print(timings.table())
+    timings.save(out)
+    print(f"  wrote {out}")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    rounds: int = 20
+    """Timings of each case, in turn."""
+    device: str | None = None
+    """Torch device; the first GPU where there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "rounds")
+
+
+@dataclass(frozen=True)
+class LayerOptions(BenchOptions):
+    d_out: int = 1024
+    """Rows of the weight."""
+    d_in: int = 1024
+    """Columns of the weight."""
+    tokens: int = 4096
+    """Of one forward, all rows together."""
+    rows: int = 8
+    """Sequences."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weight and input."""
+    out: Path = Path("out/bench/layer.json")
+    """All numbers; replaced where it exists."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "d_out", "d_in", "tokens", "rows")
+        if self.tokens % self.rows:
+            raise InputError(f"--tokens {self.tokens} is no multiple of --rows {self.rows}")
+
+
+def layer(args: list[str]) -> None:
+    """A linear layer, forward and backward: frozen, with LoRA, with delta_S plain and merged."""
+    options = parse(LayerOptions, args, "bench layer")
+    console()
+    import torch
+
+    from projected_grpo.bench.layer import bench_layer
+    from projected_grpo.models import device_of
+
+    dtype, device = getattr(torch, options.dtype), torch.device(device_of(options.device))
+    shape = options.d_out, options.d_in, options.rows, options.tokens
+    _report(bench_layer(*shape, dtype, device, options.rounds), options.out)
+
+
+@dataclass(frozen=True)
+class SvdOptions(BenchOptions):
+    rounds: int = 5
+    """Timings of each route, in turn."""
+    d_out: int = 1536
+    """Rows of the weight."""
+    d_in: int = 576
+    """Columns of the weight."""
+    out: Path = Path("out/bench/svd.json")
+    """All numbers; replaced where it exists."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "d_out", "d_in")
+
+
+def svd(args: list[str]) -> None:
+    """The decomposition of a weight: torch.linalg.svd and the route by the Gram matrix, and their errors."""
+    options = parse(SvdOptions, args, "bench svd")
+    console()
+    import torch
+
+    from projected_grpo.bench.decomposition import bench_svd
+    from projected_grpo.models import device_of
+
+    device = torch.device(device_of(options.device))
+    _report(bench_svd(options.d_out, options.d_in, device, options.rounds), options.out)
+
+
+def _rounds_and_out(args: list[str], name: str, rounds: int) -> tuple[int, Path, list[str]]:
+    """`--rounds` and `--out`, which a preset's own options do not have."""
+    given, args = take(args, "--rounds")
+    out, args = take(args, "--out")
+    if given is not None and not (given.isdigit() and int(given) >= 1):
+        raise InputError(f"--rounds {given} must be a number of at least 1")
+    return int(given or rounds), Path(out or f"out/bench/{name}.json"), args
+
+
+def step(args: list[str]) -> None:
+    """One optimiser step of ours against stock TRL with LoRA. `bench step PRESET [--rounds N] [--out FILE] ...`"""
+    rounds, out, args = _rounds_and_out(args, "step", 5)
+    config = with_preset(args, "bench step", lambda preset: replace(preset, mix_ratio=0.0, teacher_pool=None))
+    console()
+    from projected_grpo.bench.step import bench_step
+
+    _report(bench_step(config, rounds), out)
+
+
+def extract(args: list[str]) -> None:
+    """The pairs' gradients in batches, against a backward for each side. `bench extract PRESET [--rounds N] ...`"""
+    rounds, out, args = _rounds_and_out(args, "extract", 3)
+    config = with_preset(args, "bench extract", lambda preset: preset)
+    console()
+    from peft import get_peft_model
+
+    from projected_grpo.adapter import DeltaSConfig
+    from projected_grpo.bench.extraction import bench_extract
+    from projected_grpo.extract import PairBases, pairs_of
+    from projected_grpo.models import load_model
+    from projected_grpo.prompting import Prompter
+
+    loaded = load_model(config.model, config.dtype, config.device)
+    bases = PairBases(get_peft_model(loaded.model, DeltaSConfig()), Prompter(loaded), config)
+    about = {"model": config.model, "dtype": config.dtype}
+    encoded = bases.encoded(pairs_of(config))
+    _report(bench_extract(bases.model, encoded, config.temperature, rounds, about), out)
+
+
+@dataclass(frozen=True)
+class GraderOptions:
+    problems: tuple[str, ...] = ("train", "eval")
+    """Built-in parts or files whose canonical solutions are timed."""
+    workers: int = 2
+    """On both sides, for completions per second."""
+    repeats: int = 5
+    """Timings of each row on each side, in turn."""
+    rounds: int = 5
+    """Pairs of batches."""
+
+
+def grader(args: list[str]) -> None:
+    """The grader's overhead and throughput against a fresh interpreter for each completion, in one run."""
+    options = parse(GraderOptions, args, "bench grader")
+    console()
+    from projected_grpo.bench.grader import format_report, measure
+    from projected_grpo.sources import problems_of
+
+    _positive(options, "workers", "repeats", "rounds")
+    problems = [problem for source in options.problems for problem in problems_of(source)]
+    if not problems:
+        raise InputError("--problems names nothing; leave it out for our own problems")
+    if len({problem.id for problem in problems}) < len(problems):
+        raise InputError("--problems names files with the same ids; time them apart")
+    if without := [problem.id for problem in problems if not problem.canonical_solution]:
+        raise InputError(f"problem {without[0]} has no canonical solution to time ({len(without)} such)")
+    print(format_report(measure(problems, options.workers, options.repeats, options.rounds)))
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "bench layer": layer,
+    "bench step": step,
+    "bench extract": extract,
+    "bench svd": svd,
+    "bench grader": grader,
+}
