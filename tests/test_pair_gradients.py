@@ -209,16 +209,19 @@ def test_a_pairs_gradient_does_not_depend_on_the_pairs_beside_it(wide):
     sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=5),
     batch_tokens=st.sampled_from([1, 50, 120, 10**6]),
     reduction=st.sampled_from(["sum", "mean"]),
+    packed=st.booleans(),
 )
-def test_in_batches_as_one_pair_at_a_time_whatever_their_lengths(wide, sizes, batch_tokens, reduction):
+def test_in_batches_as_one_pair_at_a_time_whatever_their_lengths(wide, sizes, batch_tokens, reduction, packed):
     model, _ = wide
     encoded = [
         EncodedPair(*([(31 * i + 7 * j) % 250 for j in range(n)] for i, n in enumerate((p, h + 1, c + 1))))
         for p, h, c in sizes
     ]
-    batched = pair_gradients(
-        model, encoded, temperature=TEMPERATURE, token_reduction=reduction, batch_tokens=batch_tokens
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module_under_test, "_packing_pays", lambda *_: packed)
+        batched = pair_gradients(
+            model, encoded, temperature=TEMPERATURE, token_reduction=reduction, batch_tokens=batch_tokens
+        )
     parameters = delta_s_parameters(model)
     for i, pair in enumerate(encoded):
         loss = 0.0
@@ -230,6 +233,23 @@ def test_in_batches_as_one_pair_at_a_time_whatever_their_lengths(wide, sizes, ba
         scale = torch.cat(alone).norm()
         for name, grad in zip(parameters, alone, strict=True):
             assert (batched[name][i] - grad).norm() <= 1e-6 * scale + 1e-12, (i, name)
+
+
+def test_a_prompt_is_shared_where_that_saves_work_and_the_model_takes_the_mask(wide, monkeypatch):
+    model, _ = wide
+    seen = []
+    original = module_under_test._loss
+    monkeypatch.setattr(module_under_test, "_loss", lambda *args: seen.append(args[1:3]) or original(*args))
+
+    def shapes(*lengths):
+        seen.clear()
+        pair_gradients(model, [EncodedPair(*([1] * n for n in lengths))], temperature=1.0)
+        return [(tuple(batch.ids.shape), packed) for batch, packed in seen]
+
+    assert shapes(60, 5, 7) == [((1, 72), True)]
+    assert shapes(3, 300, 200) == [((2, 303), False)]  # nothing to share, and a mask to pay for
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+    assert not module_under_test._takes_packed_rows(model.config)
 
 
 def test_pairs_are_used_whole_beyond_max_completion_length(wide):

@@ -7,18 +7,20 @@ no direction depends on it. log π is the sum over the completion's tokens, end 
 at the trainer's sampling temperature. `token_reduction="mean"` divides by the number of tokens, as earlier work did;
 it favours short completions. Pairs are never cut to `max_completion_length`: half a hack is no hack.
 
-All sides of all pairs go through the model in batches of about equal length, padded on the right, where causal
-attention sees nothing of it; what each row's tokens contribute is told apart inside the one backward of a batch.
+The pairs go through the model in batches of about equal length, padded on the right, where causal attention sees
+nothing of it, and what each row contributes is told apart inside the one backward of a batch. A row is a pair: its
+prompt once, then both sides, neither of which attends to the other. Under a model whose attention does not take such a
+mask a row is a side, after a prompt of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from loguru import logger
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -44,14 +46,20 @@ class EncodedPair:
     clean: list[int]
 
 
+PACKABLE = ("llama", "qwen2", "qwen3")
+"""Model types whose layers all attend in full and take a mask of (rows, 1, tokens, tokens) as it is."""
+
+
 @dataclass(frozen=True)
-class _Side:
-    """One completion after its prompt; `sign` is its advantage's, turned round: a loss goes down."""
+class _Row:
+    """A prompt and the sides after it, each with the sign of its log-probability in the loss."""
 
     pair: int
-    sign: float
-    ids: list[int]
-    n_prompt: int
+    prompt: list[int]
+    sides: tuple[tuple[list[int], float], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(len(side) for side, _ in self.sides)
 
 
 def pair_gradients(
@@ -74,17 +82,19 @@ def pair_gradients(
     if any(module.merged or module.disable_adapters for module in modules.values()):
         raise ValueError("the delta_s adapter is merged or disabled; unmerge or enable it first")
     names = {module: name for name, module in modules.items()}
+    n_weights = sum(module.in_features * module.out_features for module in modules.values())
     total = {name: p.new_zeros(len(pairs), len(p), requires_grad=False) for name, p in parameters.items()}
     with _measuring(model), torch.enable_grad(), unchanging(model):
-        for batch in _batches(pairs, batch_tokens):
-            owners = torch.tensor([side.pair for side in batch], device=next(model.parameters()).device)
+        for packed, rows in _batches(_rows(model, n_weights, pairs), batch_tokens):
+            owners = torch.tensor([row.pair for row in rows], device=next(model.parameters()).device)
 
-            def add(module: DeltaSLinear, rows: Tensor, owners: Tensor = owners) -> None:
+            def add(module: DeltaSLinear, grads: Tensor, owners: Tensor = owners) -> None:
                 mine = total[names[module]]
-                mine.index_add_(0, owners.to(mine.device), rows.to(mine.dtype))
+                mine.index_add_(0, owners.to(mine.device), grads.to(mine.dtype))
 
             with RowGradRecorder(add).attached(model):
-                torch.autograd.grad(_loss(model, batch, temperature, token_reduction), list(parameters.values()))
+                loss = _loss(model, _collate(rows, token_reduction), packed, temperature)
+                torch.autograd.grad(loss, list(parameters.values()))
     return {name: rows.cpu() for name, rows in total.items()}
 
 
@@ -124,39 +134,106 @@ def encode_pair(
     return EncodedPair(prompt, encode_completion(tokenizer, pair.hack), encode_completion(tokenizer, pair.clean))
 
 
-def _batches(pairs: Sequence[EncodedPair], batch_tokens: int) -> Iterator[list[_Side]]:
-    """All sides, the longest first, so that what does not fit into memory fails at once."""
-    sides = [
-        _Side(i, sign, pair.prompt + completion, len(pair.prompt))
-        for i, pair in enumerate(pairs)
-        for completion, sign in ((pair.hack, -1.0), (pair.clean, 1.0))
-    ]
-    batch: list[_Side] = []
-    for side in sorted(sides, key=lambda side: -len(side.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > batch_tokens:
-            yield batch
+def _takes_packed_rows(config: Any) -> bool:
+    windowed = getattr(config, "use_sliding_window", False) or "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    )
+    implementation = getattr(config, "_attn_implementation", None)
+    return getattr(config, "model_type", "") in PACKABLE and implementation in ("sdpa", "eager") and not windowed
+
+
+def _packing_pays(config: Any, n_weights: int, pair: EncodedPair) -> bool:
+    """Multiplications of a forward. A packed row has its prompt once, but attention under a mask cannot leave out the
+    half of the scores that no token sees."""
+    prompt, hack, clean = len(pair.prompt), len(pair.hack), len(pair.clean)
+    tokens = prompt + hack + clean
+    per_score = 2 * config.num_hidden_layers * config.hidden_size
+    packed = tokens * n_weights + tokens**2 * per_score
+    apart = (tokens + prompt) * n_weights + ((prompt + hack) ** 2 + (prompt + clean) ** 2) / 2 * per_score
+    return packed < apart
+
+
+def _rows(model: nn.Module, n_weights: int, pairs: Sequence[EncodedPair]) -> Iterator[_Row]:
+    packable = _takes_packed_rows(getattr(model, "config", None))
+    for i, pair in enumerate(pairs):
+        sides = ((pair.hack, -1.0), (pair.clean, 1.0))  # a loss goes down, so a hack's advantage of +1 is a sign of -1
+        if packable and _packing_pays(model.config, n_weights, pair):
+            yield _Row(i, pair.prompt, sides)
+        else:
+            yield from (_Row(i, pair.prompt, (side,)) for side in sides)
+
+
+def _batches(rows: Iterable[_Row], batch_tokens: int) -> Iterator[tuple[bool, list[_Row]]]:
+    """Rows of both sides or of one (whether it is packed), the longest first, so that what does not fit into memory
+    fails at once."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: (len(row.sides), len(row)), reverse=True):
+        full = batch and (len(batch) + 1) * len(batch[0]) > batch_tokens
+        if full or (batch and len(row.sides) != len(batch[0].sides)):
+            yield len(batch[0].sides) > 1, batch
             batch = []
-        batch.append(side)
+        batch.append(row)
     if batch:
-        yield batch
+        yield len(batch[0].sides) > 1, batch
 
 
-def _loss(
-    model: nn.Module, batch: list[_Side], temperature: float, token_reduction: TokenReduction
-) -> Float[Tensor, ""]:
-    """Σ sign · log π over the batch's rows."""
+@dataclass(frozen=True)
+class _Batch:
+    ids: Int64[Tensor, "rows width"]
+    positions: Int64[Tensor, "rows width"]
+    segments: Int64[Tensor, "rows width"]
+    """0 for a prompt, 1 and 2 for the sides, -1 for padding."""
+    rows: list[int]
+    """Of each token of a side."""
+    places: list[int]
+    """Whose logits predict it."""
+    tokens: list[int]
+    weights: list[float]
+
+
+def _collate(rows: list[_Row], token_reduction: TokenReduction) -> _Batch:
+    ids, positions = (torch.zeros(len(rows), len(rows[0]), dtype=torch.long) for _ in range(2))
+    batch = _Batch(ids, positions, torch.full_like(ids, -1), [], [], [], [])
+    for n, row in enumerate(rows):
+        start, end = 0, len(row.prompt)
+        prompt = (row.prompt, 0.0)
+        for segment, (ids, sign) in enumerate((prompt, *row.sides)):
+            here = slice(start, start + len(ids))
+            begins = end if segment else 0  # both sides come after the prompt, and neither after the other
+            batch.ids[n, here] = torch.tensor(ids, dtype=torch.long)
+            batch.positions[n, here] = begins + torch.arange(len(ids))
+            batch.segments[n, here] = segment
+            if segment:
+                batch.rows.extend([n] * len(ids))
+                batch.places.extend([end - 1, *range(start, start + len(ids) - 1)])
+                batch.tokens.extend(ids)
+                batch.weights.extend([sign if token_reduction == "sum" else sign / len(ids)] * len(ids))
+            start += len(ids)
+    return batch
+
+
+def _loss(model: nn.Module, batch: _Batch, packed: bool, temperature: float) -> Float[Tensor, ""]:
+    """Σ sign · log π over the batch's sides."""
     device = next(model.parameters()).device
-    width, first = len(batch[0].ids), min(side.n_prompt for side in batch)
-    ids = torch.tensor([side.ids + [0] * (width - len(side.ids)) for side in batch])
-    weight = torch.zeros(len(batch), width)
-    for row, side in zip(weight, batch, strict=True):
-        n = len(side.ids) - side.n_prompt
-        row[side.n_prompt : len(side.ids)] = side.sign if token_reduction == "sum" else side.sign / n
-    ids, weight = ids.to(device), weight[:, first:].to(device)
-    logits = model(input_ids=ids, logits_to_keep=width - first + 1).logits[:, :-1]
-    own = weight != 0
-    wide = logits[own].to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return -(F.cross_entropy(wide, ids[:, first:][own], reduction="none") * weight[own].to(wide.dtype)).sum()
+    first = min(batch.places)
+    extra = {}
+    if packed:
+        mask = _mask(batch.segments.to(device), next(model.parameters()).dtype)
+        extra = {"position_ids": batch.positions.to(device), "attention_mask": mask}
+    kept = batch.ids.shape[1] - first
+    logits = model(input_ids=batch.ids.to(device), logits_to_keep=kept, **extra).logits
+    rows, places, tokens = (torch.tensor(x, device=device) for x in (batch.rows, batch.places, batch.tokens))
+    wide = logits[rows, places - first].to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    weights = torch.tensor(batch.weights, dtype=wide.dtype, device=device)
+    return -(F.cross_entropy(wide, tokens, reduction="none") * weights).sum()
+
+
+def _mask(segments: Int64[Tensor, "rows width"], dtype: torch.dtype) -> Float[Tensor, "rows 1 width width"]:
+    """What is added to the attention's scores: a token sees itself and, before it, the prompt and its own side."""
+    asks, seen = segments[:, :, None], segments[:, None, :]
+    sees = ((seen == 0) | (seen == asks)).tril()
+    zero = torch.zeros((), dtype=dtype, device=segments.device)
+    return torch.where(sees, zero, torch.finfo(dtype).min)[:, None]
 
 
 def _check_length(
