@@ -139,7 +139,8 @@ def _takes_packed_rows(config: Any) -> bool:
         getattr(config, "layer_types", None) or ()
     )
     implementation = getattr(config, "_attn_implementation", None)
-    return getattr(config, "model_type", "") in PACKABLE and implementation in ("sdpa", "eager") and not windowed
+    known = getattr(config, "model_type", "") in PACKABLE
+    return known and implementation in ("sdpa", "eager") and not windowed
 
 
 def _packing_pays(config: Any, n_weights: int, pair: EncodedPair) -> bool:
@@ -197,18 +198,18 @@ def _collate(rows: list[_Row], token_reduction: TokenReduction) -> _Batch:
     for n, row in enumerate(rows):
         start, end = 0, len(row.prompt)
         prompt = (row.prompt, 0.0)
-        for segment, (ids, sign) in enumerate((prompt, *row.sides)):
-            here = slice(start, start + len(ids))
+        for segment, (part, sign) in enumerate((prompt, *row.sides)):
+            here = slice(start, start + len(part))
             begins = end if segment else 0  # both sides come after the prompt, and neither after the other
-            batch.ids[n, here] = torch.tensor(ids, dtype=torch.long)
-            batch.positions[n, here] = begins + torch.arange(len(ids))
+            batch.ids[n, here] = torch.tensor(part, dtype=torch.long)
+            batch.positions[n, here] = begins + torch.arange(len(part))
             batch.segments[n, here] = segment
             if segment:
-                batch.rows.extend([n] * len(ids))
-                batch.places.extend([end - 1, *range(start, start + len(ids) - 1)])
-                batch.tokens.extend(ids)
-                batch.weights.extend([sign if token_reduction == "sum" else sign / len(ids)] * len(ids))
-            start += len(ids)
+                batch.rows.extend([n] * len(part))
+                batch.places.extend([end - 1, *range(start, start + len(part) - 1)])
+                batch.tokens.extend(part)
+                batch.weights.extend([sign if token_reduction == "sum" else sign / len(part)] * len(part))
+            start += len(part)
     return batch
 
 
