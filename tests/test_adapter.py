@@ -679,6 +679,21 @@ def two_adapters(dtype=torch.float32):
     return steer(model, seed=2)
 
 
+def test_no_factors_are_kept_or_made_twice_for_a_second_adapter(monkeypatch):
+    model = get_peft_model(build_model(), DeltaSConfig())
+    assert model.base_model._factors == {}
+    monkeypatch.setattr(svd_module, "decompose", None)
+    monkeypatch.setattr(svd_module, "svd_factors", None)
+    model.add_adapter("second", DeltaSConfig(target_modules=r".*(q_proj|down_proj).*"))
+    assert model.base_model._factors == {}
+
+
+def test_naming_the_lm_head_is_refused_before_anything_is_decomposed(monkeypatch):
+    monkeypatch.setattr(svd_module, "svd_factors", None)
+    with pytest.raises(ValueError, match="is the LM head"):
+        get_peft_model(build_model(), DeltaSConfig(target_modules=["q_proj", "lm_head"]))
+
+
 def test_two_adapters_share_factors_and_nothing_else():
     model = two_adapters()
     only_a, only_b = adapted(seed=1), adapted(seed=2)

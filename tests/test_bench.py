@@ -17,6 +17,7 @@ from projected_grpo.cli import main
 from projected_grpo.models import load_model
 from projected_grpo.pair_gradients import EncodedPair, pair_gradients
 from projected_grpo.presets import preset_defaults
+from projected_grpo.trainer import ProjectedGRPOTrainer
 
 PAIRS = [EncodedPair(list(range(5, 20 + i)), list(range(40, 52)), list(range(60, 66 + i))) for i in range(3)]
 
@@ -62,7 +63,7 @@ def test_bench_svd_shows_the_errors_of_both_routes(tmp_path, capsys):
     small = ["--d-out", "12", "--d-in", "8", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path / "svd.json")]
     assert main(["bench", "svd", *small]) == 0
     out = capsys.readouterr().out
-    assert out.count("max-norm errors: W ") == 2
+    assert out.count("max-norm errors: W ") == 3
 
 
 def test_the_loop_that_the_batches_are_timed_against_gives_the_same_gradients():
@@ -104,9 +105,24 @@ def test_one_of_several_threads_runs_at_a_time_and_one_that_fails_ends_all():
 
 
 @pytest.mark.slow
-def test_a_step_of_ours_is_timed_beside_one_of_stock_trl():
+def test_a_step_of_ours_is_timed_beside_one_of_stock_trl(monkeypatch):
     config = replace(preset_defaults("smoke"), n_pairs=4, max_completion_length=4, prompts_per_step=1)
+    teachers, refreshed = [], []
+    loss, metrics = ProjectedGRPOTrainer._compute_loss, ProjectedGRPOTrainer._source_metrics
+
+    def watched_loss(self, model, inputs):
+        teachers.append(inputs["is_teacher"].tolist())
+        return loss(self, model, inputs)
+
+    def watched_metrics(self):
+        refreshed.append("refresh/overlap" in self.projection.metrics)
+        return metrics(self)
+
+    monkeypatch.setattr(ProjectedGRPOTrainer, "_compute_loss", watched_loss)
+    monkeypatch.setattr(ProjectedGRPOTrainer, "_source_metrics", watched_metrics)
     timings = bench_step(config, rounds=1)
+    assert [(len(rows), sum(rows)) for rows in teachers] == [(4, 2)] * 2 * len(OURS)
+    assert refreshed == [False] * len(OURS) + [False, False, True, False]  # in turn; the first step has its basis
     assert list(timings.seconds) == [STOCK, *OURS]
     assert all(len(times) == 1 and times[0] > 0 for times in timings.seconds.values())
     assert timings.about["rows"] == 4
@@ -124,7 +140,15 @@ def test_a_step_of_ours_is_timed_beside_one_of_stock_trl():
         (["layer", "--device", "tpu9"], "no device"),
         (["svd", "--d-in", "-1"], "--d-in -1 must be at least 1"),
         (["step", "smoke", "--rounds", "none"], "--rounds none must be a number"),
+        (["step", "smoke", "--rounds", "²"], "must be a number"),
         (["step", "tiny"], "tiny"),
+        (["step", "smoke", "--arm", "vanilla"], "--arm is set by bench step itself"),
+        (["step", "smoke", "--mix-ratio", "0.5", "--teacher-pool", "x"], "--mix-ratio is set by bench step itself"),
+        (["step", "smoke", "--prompts-per-step", "999"], "exceeds the 60 problems"),
+        (["layer", "--device", "meta"], "--device 'meta' holds no numbers"),
+        (["layer", "--out", "."], "--out . is a folder"),
+        (["svd", "--out", "pyproject.toml"], "--out pyproject.toml exists"),
+        (["extract", "smoke", "--out", "pyproject.toml"], "--out pyproject.toml exists"),
         (["extract", "smoke", "--rounds", "0"], "--rounds 0 must be a number of at least 1"),
         (["extract", "smoke", "--pairs", "absent.toml"], "absent.toml: no such file"),
     ],

@@ -11,7 +11,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 from projected_grpo.adapter import DeltaSConfig, DeltaSLinear, delta_s_modules, delta_s_parameters
-from projected_grpo.merged_forward import rounded, unchanging
+from projected_grpo.merged_forward import EffectiveWeight, rounded, unchanging
 from projected_grpo.row_grads import RowGradRecorder
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -256,6 +256,20 @@ def test_a_block_in_which_nobody_changes_delta_begins_with_the_delta_of_its_begi
     torch.testing.assert_close(merged(X), plain(X), rtol=1e-9, atol=1e-9)
 
 
+def test_inside_such_a_block_no_module_compares_for_itself(monkeypatch):
+    model, compared = adapted(), []
+    model(X)
+    fits = EffectiveWeight.fits
+    monkeypatch.setattr(EffectiveWeight, "fits", lambda *args: compared.append(args) or fits(*args))
+    with unchanging(model):
+        with unchanging(model):
+            model(X)
+        model(X)
+    assert not compared
+    model(X)
+    assert len(compared) == len(delta_s_modules(model))
+
+
 def test_another_adapter_inside_such_a_block_is_another_weight():
     merged, plain = adapted(), adapted("plain")
     for model in (merged, plain):
@@ -332,17 +346,29 @@ def test_what_is_offloaded_is_gone_from_the_layer_and_comes_back_as_it_was(scale
         model.merge_adapter()
         for module in modules:
             module.offload()
-            assert (module.u.numel(), module.vh.numel(), module.effective) == (0, 0, None)
+            assert (module.u.numel(), module.vh.numel()) == (0, 0)
         assert torch.equal(model(X), wanted)
         for module in modules:
             module.restore()
         model.unmerge_adapter()
+        made = [module.effective.weight for module in modules if module.effective is not None]
+        assert len(made) == (len(modules) if scale else 0)  # at δ = 0 it is W, whose memory has to go
+        model(X)
+        assert all(module.effective.weight is weight for module, weight in zip(modules, made, strict=False))
         for module, (u, vh, weight) in zip(modules, before, strict=True):
             assert torch.equal(module.u, u)
             assert torch.equal(module.vh, vh)
             assert torch.equal(module.base_layer.weight, weight)
         assert torch.equal(model(X), wanted)
         modules[0].restore()  # nothing is gone, so nothing comes
+    model.merge_adapter()
+    for module in modules:
+        module.offload()
+    with model.disable_adapter():  # unmerges
+        assert torch.equal(model(X), small_model()(X))
+    for module in modules:
+        module.restore()
+    assert torch.equal(model(X), wanted)
 
 
 def test_merging_at_delta_zero_leaves_w_its_own_memory():

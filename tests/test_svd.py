@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from projected_grpo import svd
 from projected_grpo.svd import (
     FINGERPRINT_BYTES,
+    GRAM_MAX_ASPECT,
     PROBE_TOLERANCE,
     decompose,
     factors_of,
@@ -130,7 +131,9 @@ def test_every_route_gives_the_same_adapter(shape, seed, ratio):
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randn(min(shape), generator=generator, dtype=torch.float64)
     routes = {route: decompose(weight, route) for route in ("svd", "gram", "auto")}
-    assert all(torch.equal(a, b) for a, b in zip(routes["gram"], routes["auto"], strict=True))
+    elongated = min(shape) <= GRAM_MAX_ASPECT * max(shape)
+    same = zip(routes["gram" if elongated else "svd"], routes["auto"], strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
     u, s, vh = routes["svd"]
     for name in ("gram", "auto"):
         u_, s_, vh_ = routes[name]

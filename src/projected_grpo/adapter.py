@@ -131,8 +131,8 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         factors = svd_factors(base_layer.weight) if factors is None else factors
         dtype, device = torch.promote_types(base_layer.weight.dtype, torch.float32), base_layer.weight.device
         self._host_factors: tuple[Tensor, Tensor] | None = None
-        self.register_buffer("u", factors.u.to(device, dtype), persistent=False)
-        self.register_buffer("vh", factors.vh.to(device, dtype), persistent=False)
+        # No buffers: DDP would send them out before each forward, and hold on to them while they are offloaded.
+        self.u, self.vh = (x.to(device, dtype) for x in (factors.u, factors.vh))
         self.fingerprint = pack_fingerprint(factors.weight_hash, probe_factors(self.u, self.vh))
         self.delta_s_fingerprint = FingerprintDict(self.fingerprint)
         self._active_adapter = adapter_name
@@ -200,15 +200,20 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         if self._host_factors is None:  # they never change
             self._host_factors = _host_copy(self.u), _host_copy(self.vh)
         self.u, self.vh = (x[:0] for x in self._host_factors)
+        kept = self.effective
+        if kept is not None and kept.weight.data_ptr() == self._unmerged_weight.data_ptr():
+            self.effective = None  # at δ = 0 it is W, and would hold its memory
         self._unmerged_weight = _host_copy(self._unmerged_weight)
-        self.effective = None  # at δ = 0 it is W, and would hold its memory
 
     def restore(self) -> None:
         """Bring back what `offload` has moved."""
         if self._host_factors is not None and not len(self.u):
             device = self.base_layer.weight.device
             self.u, self.vh = (x.to(device, copy=True, non_blocking=True) for x in self._host_factors)
-            self._unmerged_weight = self._unmerged_weight.to(device, non_blocking=True)
+            if self._unmerged_weight is not None:  # `disable_adapter` unmerges
+                self._unmerged_weight = self._unmerged_weight.to(device, non_blocking=True)
+                if self.effective is not None:
+                    self.effective = self.effective.of_moved(self._unmerged_weight)
 
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         if self.disable_adapters and self.merged:
@@ -247,6 +252,7 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
             moved = fn(x)
             return moved if moved.dtype == x.dtype else x.to(moved.device)
 
+        self.u, self.vh = move(self.u), move(self.vh)
         if recurse:
             self.base_layer._apply(fn)
             self.delta_s._apply(move)
@@ -283,21 +289,31 @@ class DeltaSModel(BaseTuner):
     def _prepare_model(self, peft_config: DeltaSConfig, model: nn.Module) -> None:
         """Decompose what is going to be adapted in one go. PEFT comes here before it expands `all-linear`."""
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
-        head = output_embeddings(model)
+        ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DeltaSLinear))
         targets = {
-            name: module.weight
+            name: module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and module is not head and self._check_target_module_exists(peft_config, name)
+            if name and not name.startswith(ours) and self._check_target_module_exists(peft_config, name)
         }
-        self._factors = factors_of(targets)
+        for name, module in targets.items():
+            self._refuse_head(module, name)
+        self._factors = factors_of({name: m.weight for name, m in targets.items() if type(m) is nn.Linear})
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
-        output = output_embeddings(self.model)
-        if target is output or (isinstance(target, DeltaSLinear) and target.base_layer is output):
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(*args, **kwargs)
+        self._factors = {}  # of what was targeted by name and then not adapted
+
+    def _refuse_head(self, target: nn.Module, name: str) -> None:
+        get: Any = getattr(self.model, "get_output_embeddings", None)
+        head = None if get is None else get()
+        if head is not None and (target is head or getattr(target, "base_layer", None) is head):
             raise ValueError(
-                f"target module {current_key} is the LM head, which delta_s leaves alone (its log-probabilities are "
+                f"target module {name} is the LM head, which delta_s leaves alone (its log-probabilities are "
                 "computed from the head's weight directly); take it out of target_modules"
             )
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
+        self._refuse_head(target, current_key)
         if isinstance(target, DeltaSLinear):
             target.update_layer(adapter_name, peft_config)
             return
@@ -315,12 +331,6 @@ class DeltaSModel(BaseTuner):
 def _host_copy(x: Tensor) -> Tensor:
     """In pinned memory, where there is a GPU: it comes back at the bus's full speed."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x)
-
-
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The LM head, where the model knows of one."""
-    get: Any = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
 
 
 register(PEFT_NAME, DeltaSConfig, DeltaSModel)

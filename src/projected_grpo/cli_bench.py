@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from projected_grpo.cli_options import console, parse, take, with_preset
+from projected_grpo.cli_options import console, copy_fields, parse, take, with_preset
+from projected_grpo.config import BasisOptions, TrainConfig
 from projected_grpo.errors import InputError
+from projected_grpo.paths import check_out
+from projected_grpo.presets import preset_defaults
 
 if TYPE_CHECKING:
     from projected_grpo.bench.timing import Timings
@@ -24,12 +28,23 @@ def _report(timings: "Timings", out: Path) -> None:
     print(f"  wrote {out}")
 
 
+def _file(out: Path | None, name: str, overwrite: bool) -> Path:
+    """Where the numbers go; refused before anything is measured."""
+    out = out or Path("out", "bench", f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json")
+    check_out(out, overwrite)
+    return out
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     rounds: int = 20
     """Timings of each case, in turn."""
     device: str | None = None
     """Torch device; the first GPU where there is one, else the CPU."""
+    out: Path | None = None
+    """File for all numbers, as JSON; out/bench/NAME-DATE-TIME.json by default."""
+    overwrite: bool = False
+    """Replace `--out` where it exists."""
 
     def __post_init__(self) -> None:
         _positive(self, "rounds")
@@ -47,8 +62,6 @@ class LayerOptions(BenchOptions):
     """Sequences."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weight and input."""
-    out: Path = Path("out/bench/layer.json")
-    """All numbers; replaced where it exists."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +73,7 @@ class LayerOptions(BenchOptions):
 def layer(args: list[str]) -> None:
     """A linear layer, forward and backward: frozen, with LoRA, with delta_S plain and merged."""
     options = parse(LayerOptions, args, "bench layer")
+    out = _file(options.out, "layer", options.overwrite)
     console()
     import torch
 
@@ -68,7 +82,7 @@ def layer(args: list[str]) -> None:
 
     dtype, device = getattr(torch, options.dtype), torch.device(device_of(options.device))
     shape = options.d_out, options.d_in, options.rows, options.tokens
-    _report(bench_layer(*shape, dtype, device, options.rounds), options.out)
+    _report(bench_layer(*shape, dtype, device, options.rounds), out)
 
 
 @dataclass(frozen=True)
@@ -79,8 +93,6 @@ class SvdOptions(BenchOptions):
     """Rows of the weight."""
     d_in: int = 576
     """Columns of the weight."""
-    out: Path = Path("out/bench/svd.json")
-    """All numbers; replaced where it exists."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +102,7 @@ class SvdOptions(BenchOptions):
 def svd(args: list[str]) -> None:
     """The decomposition of a weight: torch.linalg.svd and the route by the Gram matrix, and their errors."""
     options = parse(SvdOptions, args, "bench svd")
+    out = _file(options.out, "svd", options.overwrite)
     console()
     import torch
 
@@ -97,22 +110,39 @@ def svd(args: list[str]) -> None:
     from projected_grpo.models import device_of
 
     device = torch.device(device_of(options.device))
-    _report(bench_svd(options.d_out, options.d_in, device, options.rounds), options.out)
+    _report(bench_svd(options.d_out, options.d_in, device, options.rounds), out)
 
 
 def _rounds_and_out(args: list[str], name: str, rounds: int) -> tuple[int, Path, list[str]]:
     """`--rounds` and `--out`, which a preset's own options do not have."""
     given, args = take(args, "--rounds")
     out, args = take(args, "--out")
-    if given is not None and not (given.isdigit() and int(given) >= 1):
+    if given is not None and not (given.isascii() and given.isdecimal() and int(given) >= 1):
         raise InputError(f"--rounds {given} must be a number of at least 1")
-    return int(given or rounds), Path(out or f"out/bench/{name}.json"), args
+    overwrite = "--overwrite" in args
+    args = [arg for arg in args if arg != "--overwrite"]
+    return int(given or rounds), _file(Path(out) if out else None, name, overwrite), args
+
+
+_NOT_OF_A_STEP = (
+    *("arm", "label", "exploratory", "out_root", "overwrite", "resume", "basis", "mix_ratio", "teacher_pool"),
+    *("steps", "save_every", "rollout_grad_every", "vhack_refresh_every"),
+)
+
+
+def _refuse_ignored(config: TrainConfig, command: str, names: tuple[str, ...]) -> None:
+    """What the command sets itself must not look as if it could be set."""
+    usual = replace(preset_defaults(config.preset), mix_ratio=0.0, teacher_pool=None)
+    for name in names:
+        if getattr(config, name) != getattr(usual, name):
+            raise InputError(f"--{name.replace('_', '-')} is set by {command} itself; leave it out")
 
 
 def step(args: list[str]) -> None:
     """One optimiser step of ours against stock TRL with LoRA. `bench step PRESET [--rounds N] [--out FILE] ...`"""
     rounds, out, args = _rounds_and_out(args, "step", 5)
     config = with_preset(args, "bench step", lambda preset: replace(preset, mix_ratio=0.0, teacher_pool=None))
+    _refuse_ignored(config, "bench step", _NOT_OF_A_STEP)
     console()
     from projected_grpo.bench.step import bench_step
 
@@ -122,7 +152,7 @@ def step(args: list[str]) -> None:
 def extract(args: list[str]) -> None:
     """The pairs' gradients in batches, against a backward for each side. `bench extract PRESET [--rounds N] ...`"""
     rounds, out, args = _rounds_and_out(args, "extract", 3)
-    config = with_preset(args, "bench extract", lambda preset: preset)
+    config = with_preset(args, "bench extract", lambda preset: copy_fields(BasisOptions, BasisOptions, preset))
     console()
     from peft import get_peft_model
 

@@ -16,8 +16,8 @@ arrives whole, and the weight that is sampled from is the weight that is scored.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +45,29 @@ def rounded(wide: Float[Tensor, "d_out d_in"], dtype: torch.dtype) -> Float[Tens
     return torch.where(wide.isfinite(), lifted.view(torch.float32), wide).to(dtype)
 
 
+class MadeOf(NamedTuple):
+    """What an effective weight depends on, besides δ's values."""
+
+    adapters: tuple[str, ...]
+    pointer: int
+    version: int | None
+    device: torch.device
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class EffectiveWeight:
     """W' of one module, and what it was made of."""
 
     weight: Float[Tensor, "d_out d_in"]
     delta: Float[Tensor, " r"]
-    made_of: tuple
+    made_of: MadeOf
 
-    def fits(self, delta: Float[Tensor, " r"], made_of: tuple) -> bool:
+    def of_moved(self, base: Tensor) -> "EffectiveWeight":
+        """The same, once W itself lies elsewhere."""
+        return replace(self, made_of=self.made_of._replace(pointer=base.data_ptr()))
+
+    def fits(self, delta: Float[Tensor, " r"], made_of: MadeOf) -> bool:
         """By value: whoever has changed δ, and in whatever way, the copy is not used again."""
         return self.made_of == made_of and torch.equal(self.delta, delta)
 
@@ -64,7 +78,8 @@ def effective_weight(
     """W + U diag(δ) Vh in `dtype`, δ being the sum of the adapters `names`: the copy of the last call where nothing has
     changed since."""
     base, delta, parameter = module.unmerged_weight, delta.detach(), module.base_layer.weight
-    made_of = (*names, base.data_ptr(), None if parameter.is_inference() else parameter._version, base.device, dtype)
+    version = None if parameter.is_inference() else parameter._version
+    made_of = MadeOf(tuple(names), base.data_ptr(), version, parameter.device, dtype)
     kept = module.effective
     if kept is None or not (kept.made_of == made_of if module.unchanging else kept.fits(delta, made_of)):
         # A copy made under inference mode could not be saved for a later backward.

@@ -111,6 +111,8 @@ def device_of(name: str | None) -> str:
         kind = torch.device(name).type
     except RuntimeError:
         raise InputError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {name!r} holds no numbers to compute with; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name!r}: there is no GPU here; use cpu")
     return name

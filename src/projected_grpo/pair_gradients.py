@@ -148,7 +148,8 @@ def _packing_pays(config: Any, n_weights: int, pair: EncodedPair) -> bool:
     half of the scores that no token sees."""
     prompt, hack, clean = len(pair.prompt), len(pair.hack), len(pair.clean)
     tokens = prompt + hack + clean
-    per_score = 2 * config.num_hidden_layers * config.hidden_size
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_score = 2 * config.num_hidden_layers * config.num_attention_heads * head
     packed = tokens * n_weights + tokens**2 * per_score
     apart = (tokens + prompt) * n_weights + ((prompt + hack) ** 2 + (prompt + clean) ** 2) / 2 * per_score
     return packed < apart

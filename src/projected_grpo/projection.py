@@ -114,7 +114,7 @@ class Projector:
             c = g @ stack.v.mT
             hackward = _add(hackward, (c if self.gate == "no_gate" else c.relu()).double().square().sum((0, 2)))
             energy = _add(energy, g.double().square().sum((0, 2)))
-        return (hackward / energy).sqrt()
+        return (hackward / energy).sqrt().reshape(-1)
 
     def hack_share(self, grads: Grads) -> float | None:
         """cin or cout: ‖relu(V g)‖ / ‖g‖ (`no_gate`: ‖V g‖ / ‖g‖) over all projected modules; None where g = 0."""

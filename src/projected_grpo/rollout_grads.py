@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from projected_grpo.adapter import DeltaSLinear, delta_s_parameters
+from projected_grpo.merged_forward import unchanging
 from projected_grpo.row_grads import RowGradRecorder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _row_scores(trainer: "ProjectedGRPOTrainer", batch: dict[str, Tensor]) -> Te
     """(rows,): ‖relu(V g)‖ / ‖g‖ of each row's own -∇ log π; 0 for a row without gradient."""
     parameters = delta_s_parameters(trainer.model)
     rows: dict[DeltaSLinear, Tensor] = {}
-    with RowGradRecorder(rows.__setitem__).attached(trainer.model):
+    with RowGradRecorder(rows.__setitem__).attached(trainer.model), unchanging(trainer.model):
         logps, _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),

@@ -69,12 +69,7 @@ def train(config: TrainConfig) -> str:
         raise InputError(
             f"pair {shared[0]} is over a training problem ({len(shared)} such); pairs and training must not share any"
         )
-    needed = config.prompts_per_step * config.steps_per_generation
-    if needed > len(problems):
-        raise InputError(
-            f"--prompts-per-step {config.prompts_per_step} x --steps-per-generation {config.steps_per_generation} "
-            f"exceeds the {len(problems)} problems of {config.problems}; lower one or add problems"
-        )
+    check_enough(config, problems)
     basis = _basis_of(config, pairs)
     loaded = load_model(config.model, config.dtype, config.device)
     prompter = Prompter(loaded, config.max_prompt_length, config.wording)
@@ -94,6 +89,15 @@ def train(config: TrainConfig) -> str:
     args = grpo_config(config, prompter)
     with _run_folder(config) as folder:
         return _train(config, folder, args, model, prompter, dataset, problems, pool, callback)
+
+
+def check_enough(config: TrainConfig, problems: list[Problem]) -> None:
+    """Refuse a step of more problems than there are."""
+    if config.prompts_per_step * config.steps_per_generation > len(problems):
+        raise InputError(
+            f"--prompts-per-step {config.prompts_per_step} x --steps-per-generation {config.steps_per_generation} "
+            f"exceeds the {len(problems)} problems of {config.problems}; lower one or add problems"
+        )
 
 
 def _basis_of(config: TrainConfig, pairs: PairSet) -> HackBasis | None:

@@ -336,7 +336,7 @@ class _ByEpoch(Sampler):
 
 
 class _Memory:
-    """Most memory held on a GPU in each part of a step, over all steps so far, in GB of 1e9 bytes."""
+    """Most memory allocated on a GPU in each part of a step, over all steps so far, in GB of 1e9 bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -348,6 +348,7 @@ class _Memory:
             held = torch.cuda.max_memory_allocated(self.device) / 1e9
             torch.cuda.reset_peak_memory_stats(self.device)
             self.most[part] = max(held, self.most.get(part, 0.0))
+            self.most["reserved"] = torch.cuda.max_memory_reserved(self.device) / 1e9  # with what is in pieces
 
 
 def _rates(rows: Sequence[dict]) -> dict[str, float | None]:
@@ -382,6 +383,8 @@ def _merged(model, unless: bool, offload: bool) -> Iterator[None]:
             module.offload()
         yield
     finally:
-        for module in modules:
-            module.restore()
-        model.unmerge_adapter()
+        try:
+            for module in modules:
+                module.restore()
+        finally:
+            model.unmerge_adapter()

@@ -57,5 +57,5 @@ def by_loop(model: nn.Module, pairs: Sequence[EncodedPair], temperature: float) 
             log_prob = log_probs.gather(-1, ids[0, len(pair.prompt) :, None]).sum()
             sides.append(torch.autograd.grad(log_prob, list(parameters.values())))
         for name, hack, clean in zip(parameters, *sides, strict=True):
-            rows[name].append((clean - hack).cpu())
-    return {name: torch.stack(grads) for name, grads in rows.items()}
+            rows[name].append(clean - hack)
+    return {name: torch.stack(grads).cpu() for name, grads in rows.items()}

@@ -47,11 +47,13 @@ def points(difference: float | None) -> str:
 
 
 def percents(interval: Interval | None) -> str:
-    return NONE if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    """Cut off at 0 and 100: t over two seeds knows nothing of what a rate can be."""
+    return NONE if interval is None else " to ".join(f"{100 * min(max(end, 0.0), 1.0):.1f}" for end in interval)
 
 
 def points_range(interval: Interval | None) -> str:
-    return NONE if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+    """Cut off at 100 points either way."""
+    return NONE if interval is None else " to ".join(f"{100 * min(max(end, -1.0), 1.0):+.1f}" for end in interval)
 
 
 def p_value(p: float | None) -> str:
