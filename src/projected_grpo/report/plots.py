@@ -111,7 +111,8 @@ def _look(study: Study, arm: Arm) -> dict:
 
 
 def _series(arm: Arm, key: str, smooth: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(steps, mean over seeds, low, high); the interval is nan with one seed. Steps without a value are left out."""
+    """(steps, mean over seeds, low, high); the interval is nan with fewer than three seeds, where t knows next to
+    nothing and a band covers the plot. Steps without a value are left out."""
     by_step: dict[int, list[float]] = {}
     for run in runs_of(arm):
         rows = [(row["step"], row[key]) for row in run.metrics if row.get(key) is not None]
@@ -119,7 +120,8 @@ def _series(arm: Arm, key: str, smooth: bool = False) -> tuple[np.ndarray, np.nd
         for (step, _), value in zip(rows, values, strict=True):
             by_step.setdefault(step, []).append(value)
     steps = sorted(by_step)
-    intervals = [t_interval(by_step[step]) or (np.nan, np.nan) for step in steps]
+    wanted = (by_step[step] if len(by_step[step]) >= 3 else [] for step in steps)
+    intervals = [t_interval(values) or (np.nan, np.nan) for values in wanted]
     low, high = np.array(intervals).reshape(-1, 2).T
     return np.array(steps), np.array([np.mean(by_step[step]) for step in steps]), low, high
 
@@ -130,7 +132,7 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 def _label_steps(axes: Axes, smooth: bool) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.set_xlabel("optimiser step" + (f" (mean of the last {WINDOW} steps)" if smooth else ""))
 
 
@@ -195,7 +197,7 @@ def curves(study: Study) -> Plot:
         _label_steps(axes, smooth)
         axes.set_title(f"{rate} rate, student's rollouts")
         _label_ends(axes, ends, longest, 0.062)
-    caption = f"Mean over seeds with its 95 % t interval at each step as a band{said} (no band: one seed)."
+    caption = f"Mean over seeds with its 95 % t interval at each step as a band{said} (no band: one seed or two)."
     return _finish(figure, "curves", title, caption + (f" Each run smoothed over {WINDOW} steps." if smooth else ""))
 
 
