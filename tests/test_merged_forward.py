@@ -333,6 +333,31 @@ def test_a_tiny_delta_over_a_float32_weight_under_autocast_moves_the_output_by_n
     assert (steered.float() - base.float()).norm() < 1e-3 * base.float().norm()
 
 
+def test_under_ddp_the_gradients_are_the_same_and_no_factor_is_sent_around(tmp_path):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    alone, model, x = adapted(), adapted(), X[:, None]
+    alone(x).square().sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model)
+        parts = []
+        recorder = RowGradRecorder(lambda _module, grads: parts.append(grads))
+        recorder.groups = torch.arange(len(x)).tensor_split(2)
+        for _ in range(2):  # gradients accumulate
+            with recorder.attached(model):
+                wrapped(x).square().sum().backward()
+        sent = {id(x) for x in wrapped.modules_buffers}
+        assert not any(id(x) in sent for m in delta_s_modules(model).values() for x in (m.u, m.vh))
+    finally:
+        dist.destroy_process_group()
+    for name, delta in delta_s_parameters(alone).items():
+        torch.testing.assert_close(delta_s_parameters(model)[name].grad, 2 * delta.grad)
+    whole = sum(delta.grad.sum() for delta in delta_s_parameters(model).values())
+    torch.testing.assert_close(sum(grads.sum() for grads in parts), whole)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_what_is_offloaded_is_gone_from_the_layer_and_comes_back_as_it_was(scale):
     model = adapted()
