@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from projected_grpo.cli_options import console, copy_fields, parse, take, with_preset
-from projected_grpo.config import BasisOptions, TrainConfig
+from projected_grpo.config import BasisOptions, TrainConfig, at_least
 from projected_grpo.errors import InputError
 from projected_grpo.paths import check_out
 from projected_grpo.presets import preset_defaults
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def _positive(options: object, *names: str) -> None:
     for name in names:
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+        at_least(options, name, 1)
 
 
 def _report(timings: "Timings", out: Path) -> None:

@@ -33,7 +33,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _at_least(config: object, name: str, least: int) -> None:
+def at_least(config: object, name: str, least: int) -> None:
+    """Refuse an option below `least` in one line."""
     value = getattr(config, name)
     _require(value >= least, f"{_flag(name)} {value} must be at least {least}")
 
@@ -208,7 +209,7 @@ class TrainConfig(BasisOptions):
             "num_iterations",
             "save_every",
         ):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         for name in (
             "rollout_grad_every",
             "vhack_refresh_every",
@@ -217,10 +218,10 @@ class TrainConfig(BasisOptions):
             "weight_decay",
             "max_grad_norm",
         ):
-            _at_least(self, name, 0)
+            at_least(self, name, 0)
         for name in ("overshoot", "learning_rate", "grader_cpu_seconds"):
             _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")
-        _at_least(self, "max_completion_length", 1)
+        at_least(self, "max_completion_length", 1)
         _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
         _require(bool(self.modes), "--modes names no mode")
         _require(
@@ -338,10 +339,10 @@ class EvalConfig(ModelOptions):
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "max_completion_length"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         _require(self.limit is None or self.limit >= 1, f"--limit {self.limit} must be at least 1")
         _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
         _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
         _require(self.grader_cpu_seconds > 0, f"--grader-cpu-seconds {self.grader_cpu_seconds} must be positive")
-        _at_least(self, "seed", 0)
+        at_least(self, "seed", 0)
         _require(bool(self.modes), "--modes names no mode")

@@ -7,8 +7,7 @@ turn, so that what slows the machine slows all. All completions have the full le
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -186,22 +185,14 @@ class _Watch(TrainerCallback):
         generate = trainer._generate_single_turn
 
         def timed(*args, **kwargs):
-            with self._clock() as elapsed:
-                result = generate(*args, **kwargs)
-            self.generation[-1] += elapsed()
+            synchronise(device)
+            started = time.perf_counter()
+            result = generate(*args, **kwargs)
+            synchronise(device)
+            self.generation[-1] += time.perf_counter() - started
             return result
 
         trainer._generate_single_turn = timed
-
-    @contextmanager
-    def _clock(self) -> Iterator[Callable[[], float]]:
-        synchronise(self.device)
-        started = time.perf_counter()
-        ended = started
-
-        yield lambda: ended - started
-        synchronise(self.device)
-        ended = time.perf_counter()
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self.generation:
