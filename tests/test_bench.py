@@ -1,6 +1,7 @@
 """The benchmarks: that they measure what they say, in turn, and report it. Nothing here is about speed itself."""
 
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -9,8 +10,8 @@ import torch
 from peft import get_peft_model
 
 from projected_grpo.adapter import DeltaSConfig, delta_s_parameters
-from projected_grpo.bench.extraction import BATCHED, LOOP_MERGED, LOOP_PLAIN, bench_extract, by_loop
-from projected_grpo.bench.layer import FROZEN, LORA, MERGED, PLAIN, SPLIT
+from projected_grpo.bench.extraction import BATCHED, LOOP_MERGED, LOOP_PLAIN, _bases_apart, bench_extract, by_loop
+from projected_grpo.bench.layer import BOTH, DEFERRED, FROZEN, LORA, MERGED, PLAIN, SPLIT
 from projected_grpo.bench.step import OURS, PROJECTED, STOCK, _Turns, bench_step
 from projected_grpo.bench.timing import Timings, in_turn, quartiles
 from projected_grpo.cli import main
@@ -54,9 +55,9 @@ def test_bench_layer_times_every_form_of_a_layer(tmp_path, capsys):
     small = ["--d-out", "12", "--d-in", "8", "--tokens", "24", "--rows", "4", "--rounds", "2", "--device", "cpu"]
     assert main(["bench", "layer", *small, "--out", str(out)]) == 0
     seconds = json.loads(out.read_text())["seconds"]
-    assert list(seconds) == [FROZEN, LORA, PLAIN, MERGED, SPLIT]
+    assert list(seconds) == [FROZEN, LORA, PLAIN, MERGED, SPLIT, DEFERRED, BOTH]
     assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
-    assert "12 x 8, tokens 24, rows 4" in capsys.readouterr().out
+    assert "12 x 8, micro-batches 4, tokens each 24, rows 4" in capsys.readouterr().out
 
 
 def test_bench_svd_shows_the_errors_of_both_routes(tmp_path, capsys):
@@ -74,11 +75,17 @@ def test_the_loop_that_the_batches_are_timed_against_gives_the_same_gradients():
     ours, slow = pair_gradients(model, PAIRS, temperature=0.7), by_loop(model, PAIRS, 0.7)
     for name, rows in slow.items():
         assert (ours[name] - rows).norm() <= 1e-6 * rows.norm()
-    timings = bench_extract(model, PAIRS, 0.7, 1, {"model": "tiny"})
+    timings = bench_extract(model, PAIRS, 0.7, 2, 1, {"model": "tiny"})
     assert list(timings.seconds) == [LOOP_PLAIN, LOOP_MERGED, BATCHED]
     assert timings.about["pairs"] == 3
-    (note,) = timings.notes
-    assert float(note.split("plain loop's: ")[1].split()[0]) < 1e-6
+    gradients, bases = timings.notes
+    assert float(gradients.split("plain loop's: ")[1].split()[0]) < 1e-6
+    assert float(bases.split("at most ")[1].split()[0]) < 1e-6
+    same, modules = map(int, bases.split("the same k in ")[1].split(" modules")[0].split(" of "))
+    assert 0 < same == modules
+    other = {name: rows.roll(1, dims=1) for name, rows in slow.items()}
+    apart = _bases_apart(model, other, slow, 3, 2)
+    assert float(apart.split("at most ")[1].split()[0]) > 0.5
 
 
 def test_one_of_several_threads_runs_at_a_time_and_one_that_fails_ends_all():
@@ -127,7 +134,9 @@ def test_a_step_of_ours_is_timed_beside_one_of_stock_trl(monkeypatch):
     assert all(len(times) == 1 and times[0] > 0 for times in timings.seconds.values())
     assert timings.about["rows"] == 4
     assert timings.about["pairs"] == 4
-    assert all("generation" in note and "generation 0 ms" not in note for note in timings.notes)
+    *generation, projection = timings.notes
+    assert all("generation" in note and "generation 0 ms" not in note for note in generation)
+    assert re.search(r"take [1-9]\d*\.\d ms, \d+\.\d\d% of a step", projection)
     assert (PROJECTED, STOCK) in timings.limits
 
 

@@ -1,11 +1,21 @@
 """The grader's benchmark: what it measures and reports, on problems of a line each. Nothing here is about speed."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from test_prompts import PROBLEM
 
-from projected_grpo.bench.grader import Report, Row, format_report, measure, own_time, program_of, run_fresh
+from projected_grpo.bench.grader import (
+    Report,
+    Row,
+    format_report,
+    measure,
+    own_time,
+    program_of,
+    run_fresh,
+    save_report,
+)
 from projected_grpo.cli import main
 from projected_grpo.errors import RunFault
 
@@ -24,7 +34,7 @@ def sleeping(seconds: float):
     return replace(PROBLEM, canonical_solution=code + "        return a + b\n")
 
 
-def test_two_small_problems_are_measured_on_both_sides():
+def test_two_small_problems_are_measured_on_both_sides(tmp_path):
     report = measure([PROBLEM, SECOND], **SETTINGS)
     assert [row.id for row in report.rows] == ["p-1", "p-2"]
     for row in report.rows:
@@ -37,6 +47,10 @@ def test_two_small_problems_are_measured_on_both_sides():
     assert "(to hold: at most 1/8 and 6 ms)" in overhead
     assert "(to hold: at least 8)" in rate
     assert "2 rows under 2 ms" in rate
+    save_report(report, tmp_path / "deep" / "grader.json")
+    saved = json.loads((tmp_path / "deep" / "grader.json").read_text())
+    assert saved["rows"][1] == asdict(report.rows[1])
+    assert saved["rate_ratio"] == report.rate_ratio
 
 
 @pytest.mark.parametrize("seconds", [0.004, 0.04])

@@ -10,6 +10,7 @@ from peft import get_peft_model
 
 from projected_grpo.adapter import DeltaSConfig, delta_s_modules, delta_s_parameters
 from projected_grpo.basis import HackBasis
+from projected_grpo.deferral import DeferredGrads
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import load_problems
 from projected_grpo.env.rewards import CodeReward
@@ -28,7 +29,7 @@ def grader():
         yield grader
 
 
-def make_trainer(config, material, grader, double=False):
+def make_trainer(config, material, grader, double=False, defer_budget_gb=0.0):
     problems = load_problems(material / "problems.toml")
     loaded = load_model("tiny-random", device="cpu")
     if double:
@@ -52,6 +53,7 @@ def make_trainer(config, material, grader, double=False):
         reward=CodeReward(grader, problems),
         pool=load_pool(material / "pool.jsonl"),
         num_teacher=config.num_teacher,
+        defer_budget_gb=defer_budget_gb,
         on_row=rows.append,
     )
     return trainer, rows
@@ -73,16 +75,19 @@ class SpyOnGradients(ProjectionCallback):
 
 
 @pytest.mark.parametrize(
-    ("beta", "double", "tolerance"), [(0.0, True, 1e-10), (0.05, True, 1e-10), (0.05, False, 1e-5)]
+    ("beta", "double", "tolerance", "budget"),
+    [(0.0, True, 1e-10, 0.0), (0.05, True, 1e-10, 1.0), (0.05, False, 1e-5, 0.0), (0.05, False, 1e-5, 1.0)],
 )
 def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(
-    small_config, material, grader, beta, double, tolerance
+    small_config, material, grader, monkeypatch, beta, double, tolerance, budget
 ):
     """The whole is the plain forward's, whose sum over rows is autograd's own and knows of no sources."""
     config = replace(small_config, steps=1, micro_batch=2, max_grad_norm=1e-2, beta=beta)
-    seen = {}
+    seen, flushed = {}, []
+    flush = DeferredGrads.flush
+    monkeypatch.setattr(DeferredGrads, "flush", lambda *args: flushed.append(len(args[0]._held)) or flush(*args))
     for form in ("plain", "merged"):
-        trainer, rows = make_trainer(config, material, grader, double)
+        trainer, rows = make_trainer(config, material, grader, double, budget)
         for module in delta_s_modules(trainer.model).values():
             module.form = form
         spy = SpyOnGradients(trainer.projection, trainer)
@@ -91,6 +96,9 @@ def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(
         trainer.add_callback(spy)
         trainer.train()
         (seen[form],) = spy.seen
+    assert flushed[0] == 0  # the plain forward defers nothing, and the merged one does once a step
+    assert len(flushed) == 2
+    assert (flushed[1] > 0) == (budget > 0)
     whole = seen["plain"][0]
     for (_, parts, norm), row in zip([seen["merged"]], rows, strict=True):
         clip = min(1.0, config.max_grad_norm / (norm + 1e-6))

@@ -41,6 +41,7 @@ from projected_grpo.svd import (
 )
 
 if TYPE_CHECKING:
+    from projected_grpo.deferral import DeferredGrads
     from projected_grpo.row_grads import RowGradRecorder
 
 PEFT_NAME = "DELTA_S"
@@ -128,6 +129,7 @@ class DeltaSLinear(nn.Module, BaseTunerLayer):
         self.effective: EffectiveWeight | None = None  # the last forward's weight, while δ is what it was
         self.unchanging = False  # set while nobody changes δ
         self.recorder: RowGradRecorder | None = None
+        self.deferred: DeferredGrads | None = None
         factors = svd_factors(base_layer.weight) if factors is None else factors
         dtype, device = torch.promote_types(base_layer.weight.dtype, torch.float32), base_layer.weight.device
         self._host_factors: tuple[Tensor, Tensor] | None = None

@@ -35,15 +35,19 @@ def _file(out: Path | None, name: str, overwrite: bool) -> Path:
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    rounds: int = 20
-    """Timings of each case, in turn."""
-    device: str | None = None
-    """Torch device; the first GPU where there is one, else the CPU."""
+class FileOptions:
     out: Path | None = None
     """File for all numbers, as JSON; out/bench/NAME-DATE-TIME.json by default."""
     overwrite: bool = False
     """Replace `--out` where it exists."""
+
+
+@dataclass(frozen=True)
+class BenchOptions(FileOptions):
+    rounds: int = 20
+    """Timings of each case, in turn."""
+    device: str | None = None
+    """Torch device; the first GPU where there is one, else the CPU."""
 
     def __post_init__(self) -> None:
         _positive(self, "rounds")
@@ -57,6 +61,8 @@ class LayerOptions(BenchOptions):
     """Columns of the weight."""
     tokens: int = 4096
     """Of one forward, all rows together."""
+    micro_batches: int = 4
+    """Forwards and backwards of one step."""
     rows: int = 8
     """Sequences."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -64,7 +70,7 @@ class LayerOptions(BenchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "d_out", "d_in", "tokens", "rows")
+        _positive(self, "d_out", "d_in", "tokens", "micro_batches", "rows")
         if self.tokens % self.rows:
             raise InputError(f"--tokens {self.tokens} is no multiple of --rows {self.rows}")
 
@@ -80,7 +86,7 @@ def layer(args: list[str]) -> None:
     from projected_grpo.models import device_of
 
     dtype, device = getattr(torch, options.dtype), torch.device(device_of(options.device))
-    shape = options.d_out, options.d_in, options.rows, options.tokens
+    shape = options.d_out, options.d_in, options.rows, options.tokens, options.micro_batches
     _report(bench_layer(*shape, dtype, device, options.rounds), out)
 
 
@@ -165,11 +171,11 @@ def extract(args: list[str]) -> None:
     bases = PairBases(get_peft_model(loaded.model, DeltaSConfig()), Prompter(loaded), config)
     about = {"model": config.model, "dtype": config.dtype}
     encoded = bases.encoded(pairs_of(config))
-    _report(bench_extract(bases.model, encoded, config.temperature, rounds, about), out)
+    _report(bench_extract(bases.model, encoded, config.temperature, config.v_hack_k, rounds, about), out)
 
 
 @dataclass(frozen=True)
-class GraderOptions:
+class GraderOptions(FileOptions):
     problems: tuple[str, ...] = ("train", "eval")
     """Built-in parts or files whose canonical solutions are timed."""
     workers: int = 2
@@ -183,11 +189,12 @@ class GraderOptions:
 def grader(args: list[str]) -> None:
     """The grader's overhead and throughput against a fresh interpreter for each completion, in one run."""
     options = parse(GraderOptions, args, "bench grader")
+    _positive(options, "workers", "repeats", "rounds")
+    out = _file(options.out, "grader", options.overwrite)
     console()
-    from projected_grpo.bench.grader import format_report, measure
+    from projected_grpo.bench.grader import format_report, measure, save_report
     from projected_grpo.sources import problems_of
 
-    _positive(options, "workers", "repeats", "rounds")
     problems = [problem for source in options.problems for problem in problems_of(source)]
     if not problems:
         raise InputError("--problems names nothing; leave it out for our own problems")
@@ -195,7 +202,10 @@ def grader(args: list[str]) -> None:
         raise InputError("--problems names files with the same ids; time them apart")
     if without := [problem.id for problem in problems if not problem.canonical_solution]:
         raise InputError(f"problem {without[0]} has no canonical solution to time ({len(without)} such)")
-    print(format_report(measure(problems, options.workers, options.repeats, options.rounds)))
+    report = measure(problems, options.workers, options.repeats, options.rounds)
+    print(format_report(report))
+    save_report(report, out)
+    print(f"wrote {out}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {

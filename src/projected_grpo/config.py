@@ -189,6 +189,8 @@ class TrainConfig(BasisOptions):
     """Trade compute for memory."""
     offload: bool = True
     """While a GPU generates, keep the factors of delta_S and the unmerged weights in host memory (Qwen3-4B: 27 GB)."""
+    defer_budget_gb: float = 1.0
+    """Memory for weights' gradients summed over a step's micro-batches, from which delta_S's is made once; 0: none."""
 
     rollout_grad_every: int = 0
     """Optimiser steps between two measurements of each rollout's own gradient (one more update's time); 0: never."""
@@ -213,6 +215,7 @@ class TrainConfig(BasisOptions):
         for name in (
             "rollout_grad_every",
             "vhack_refresh_every",
+            "defer_budget_gb",
             "warmup_steps",
             "beta",
             "weight_decay",

@@ -156,7 +156,8 @@ class _MergedLinear(torch.autograd.Function):
 
 def _grad_delta(
     module: Any, x: Tensor, dy: Tensor, recorder: "RowGradRecorder | None", groups: Sequence[Tensor] | None
-) -> Float[Tensor, " r"]:
+) -> Float[Tensor, " r"] | None:
+    """None where the gradient has been left with `module.deferred`."""
     u, vh = module.u, module.vh
     d_out, d_in = len(u), vh.shape[1]
     n_groups = 1 if groups is None else sum(len(rows) > 0 for rows in groups)
@@ -169,15 +170,15 @@ def _grad_delta(
             return of_tokens.reshape(-1, u.shape[1]).sum(0)
         rows = of_tokens.sum(1)
         grads = rows if groups is None else torch.stack([rows[own].sum(0) for own in groups])
-    elif groups is None:
-        return _by_weight_grad(u, vh, x, dy)
     else:
-        grads = torch.stack(
-            [
-                _by_weight_grad(u, vh, x, dy) if len(own) == len(x) else _by_weight_grad(u, vh, x[own], dy[own])
-                for own in groups
-            ]
-        )
+        parts = [(x, dy)]
+        if groups is not None:
+            parts = [(x, dy) if len(own) == len(x) else (x[own], dy[own]) for own in groups]
+        if module.deferred is not None and module.deferred.take(module, parts):
+            return None
+        grads = torch.stack([_by_weight_grad(u, vh, *part) for part in parts])
+        if recorder is None:
+            return grads[0]
     recorder.on_grad(module, grads)
     return grads.sum(0)
 
@@ -192,6 +193,13 @@ def _by_weight_grad(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"], x:
     grad = dy.reshape(-1, len(u)).T @ x.reshape(-1, vh.shape[1])
     if not grad.is_cuda:  # there the product in float32 would cost more than all the rest, and G is rounded already
         grad = grad.to(u.dtype)
+    return diagonal_of(u, vh, grad)
+
+
+def diagonal_of(
+    u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"], grad: Float[Tensor, "d_out d_in"]
+) -> Float[Tensor, " r"]:
+    """diag(Uᵀ G Vhᵀ), the product in the precision of G."""
     if len(u) <= vh.shape[1]:
         return ((u.T.to(grad.dtype) @ grad) * vh).sum(1)
     return ((grad @ vh.T.to(grad.dtype)) * u).sum(0)

@@ -179,6 +179,7 @@ def _train(
             num_teacher=config.num_teacher,
             rollout_grad_every=config.rollout_grad_every,
             offload=config.offload,
+            defer_budget_gb=config.defer_budget_gb,
             on_row=log.row,
             on_rollouts=_RolloutFile(folder / ROLLOUTS, start_step),
         )

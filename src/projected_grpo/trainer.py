@@ -26,6 +26,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from projected_grpo.adapter import DeltaSLinear, delta_s_modules
+from projected_grpo.deferral import DeferredGrads
 from projected_grpo.encoding import encode_completion
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import RunFault
@@ -51,6 +52,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         rollout_grad_every: optimiser steps between two measurements of the rollouts' own gradients (one more forward
             and backward each); 0 never measures them.
         offload: keep the adapter's factors and the unmerged weights in host memory while a GPU generates.
+        defer_budget_gb: memory (1e9 bytes) in which weights' gradients are summed over the micro-batches of a step, so
+            that δ's is made from them once; in one process only.
     """
 
     _loss_inputs: dict[str, Tensor] | None = None  # set while TRL's loss is being computed
@@ -66,6 +69,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         on_rollouts: Callable[[list[dict]], None] = lambda rows: None,
         rollout_grad_every: int = 0,
         offload: bool = False,
+        defer_budget_gb: float = 0.0,
         **kwargs,
     ) -> None:
         super().__init__(*args, reward_funcs=[reward], **kwargs)
@@ -82,6 +86,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._rollout_grad_every = rollout_grad_every
         self._offload = offload
         self._recorder = RowGradRecorder(self._record)
+        once = self.args.gradient_accumulation_steps == 1 or self.accelerator.num_processes > 1
+        self._deferred = DeferredGrads(self.model, 0.0 if once else defer_budget_gb)
         self.module_names = {module: name for name, module in delta_s_modules(self.model).items()}
         self._generation: dict[str, Any] = {}
         self._step_rows: list[dict[str, Tensor]] = []
@@ -184,8 +190,10 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._source_grads[name] = sums if before is None else before + sums
 
     def training_step(self, model, inputs, num_items_in_batch):
-        with self._recorder.attached(self.model), unchanging(self.model):
+        with self._recorder.attached(self.model), self._deferred.attached(), unchanging(self.model):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # the step's last micro-batch
+            self._deferred.flush(self._record)
         self._loss_sum += loss.item()
         return loss
 

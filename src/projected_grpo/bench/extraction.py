@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from projected_grpo.adapter import delta_s_modules, delta_s_parameters
+from projected_grpo.basis import BasisInfo, HackBasis
 from projected_grpo.bench.timing import Timings, in_turn, machine
 from projected_grpo.merged_forward import Form
 from projected_grpo.pair_gradients import EncodedPair, pair_gradients
@@ -14,7 +15,7 @@ LOOP_PLAIN, LOOP_MERGED, BATCHED = "a backward a side, plain", "a backward a sid
 
 
 def bench_extract(
-    model: nn.Module, pairs: Sequence[EncodedPair], temperature: float, rounds: int, about: dict
+    model: nn.Module, pairs: Sequence[EncodedPair], temperature: float, top_k: int, rounds: int, about: dict
 ) -> Timings:
     """Seconds of D for all pairs. `plain` runs over the hook-like layer, three matmuls, as earlier harnesses did."""
     device = next(model.parameters()).device
@@ -36,11 +37,34 @@ def bench_extract(
         BATCHED: lambda: pair_gradients(model, pairs, temperature=temperature),
     }
     seconds = in_turn(cases, rounds, device)
-    ours, theirs = (torch.cat(list(cases[case]().values()), 1).double() for case in (BATCHED, LOOP_PLAIN))
-    gap = ((ours - theirs).norm() / theirs.norm()).item()
+    ours, theirs = (cases[case]() for case in (BATCHED, LOOP_PLAIN))
+    whole, reference = (torch.cat(list(grads.values()), 1).double() for grads in (ours, theirs))
+    gap = ((whole - reference).norm() / reference.norm()).item()
     about = about | {"pairs": len(pairs)} | machine(device)
-    note = f"distance of the batched D from the plain loop's: {gap:.1e} of its norm"
-    return Timings("pair gradients", seconds, about, {(BATCHED, LOOP_PLAIN): 0.25}, (note,))
+    notes = (
+        f"distance of the batched D from the plain loop's: {gap:.1e} of its norm",
+        _bases_apart(model, ours, theirs, len(pairs), top_k),
+    )
+    return Timings("pair gradients", seconds, about, {(BATCHED, LOOP_PLAIN): 0.25}, notes)
+
+
+def _bases_apart(model: nn.Module, ours: dict[str, Tensor], theirs: dict[str, Tensor], n_pairs: int, top_k: int) -> str:
+    """How far the span of a module's directions is from the other's at most, and where the floor chose otherwise."""
+    info = BasisInfo(pair_set="bench", n_pairs=n_pairs)
+    fingerprints = {name: module.fingerprint for name, module in delta_s_modules(model).items()}
+    a, b = (HackBasis.from_pair_gradients(grads, fingerprints, info, top_k) for grads in (ours, theirs))
+    same = [name for name, v in a.directions.items() if name in b.directions and len(v) == len(b.directions[name])]
+    apart = [_outside(a.directions[name].double(), b.directions[name].double()) for name in same]
+    modules = len(a.directions.keys() | b.directions.keys())
+    return (
+        f"the two bases have the same k in {len(same)} of {modules} modules; there a direction is at most "
+        f"{max(apart, default=0.0):.1e} outside of the other's span"
+    )
+
+
+def _outside(v: Tensor, w: Tensor) -> float:
+    """The largest part of a row of V that no row of W holds."""
+    return (v - v @ w.T @ w).norm(dim=1).max().item()
 
 
 def by_loop(model: nn.Module, pairs: Sequence[EncodedPair], temperature: float) -> dict[str, Tensor]:

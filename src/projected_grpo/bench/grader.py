@@ -15,14 +15,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from projected_grpo.bench.timing import machine
 from projected_grpo.env.grader import Grader, GradeRequest
 from projected_grpo.env.problems import Problem
 from projected_grpo.errors import RunFault
+from projected_grpo.version import code_version
 
 FAST_MS = 2.0
 """Rows of less own run time count for completions per second."""
@@ -138,6 +142,13 @@ def _milliseconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)
+
+
+def save_report(report: Report, path: Path) -> None:
+    """All numbers, as JSON."""
+    about = {"machine": machine(torch.device("cpu")), "code": code_version()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | asdict(report), indent=1) + "\n")
 
 
 def format_report(report: Report) -> str:

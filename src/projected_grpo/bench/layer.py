@@ -1,7 +1,12 @@
-"""One linear layer, forward and backward: frozen and bare, under PEFT's LoRA, and under `delta_s` in its forms."""
+"""One linear layer over a step's micro-batches, forward and backward: frozen and bare, under PEFT's LoRA, and under
+`delta_s` in its forms."""
 
 import copy
+import math
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,19 +14,29 @@ from torch import nn
 
 from projected_grpo.adapter import DeltaSConfig, delta_s_modules
 from projected_grpo.bench.timing import Timings, in_turn, machine
+from projected_grpo.deferral import DeferredGrads
 from projected_grpo.row_grads import RowGradRecorder
 
 FROZEN, LORA, PLAIN, MERGED, SPLIT = ("frozen", "LoRA r=32", "delta_s plain", "delta_s merged", "delta_s merged, split")
-LIMITS = {(case, to): limit for case in (MERGED, SPLIT) for to, limit in ((FROZEN, 1.6), (PLAIN, 0.5))}
+DEFERRED, BOTH = "delta_s merged, deferred", "delta_s merged, split, deferred"
+LIMITS = {(case, to): limit for case in (DEFERRED, BOTH) for to, limit in ((FROZEN, 1.6), (PLAIN, 0.5))}
 
 
 def bench_layer(
-    d_out: int, d_in: int, rows: int, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int
+    d_out: int,
+    d_in: int,
+    rows: int,
+    tokens: int,
+    micro_batches: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
 ) -> Timings:
-    """Seconds of y = layer(x) and its backward from a given dL/dy, with dL/dx: x (rows, tokens / rows, d_in).
+    """Seconds of y = layer(x) and its backward from a given dL/dy, with dL/dx, `micro_batches` times: x (rows, tokens /
+    rows, d_in).
 
     `split`: the first half of the rows and the second have each their own gradient of δ, as the student's rows and the
-    teacher's have in training.
+    teacher's have in training. `deferred`: δ's gradient is made once from all micro-batches.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -38,7 +53,6 @@ def bench_layer(
         PLAIN: get_peft_model(copy.deepcopy(bare), DeltaSConfig(target_modules=["linear"], form="plain")),
         MERGED: get_peft_model(copy.deepcopy(bare), DeltaSConfig(target_modules=["linear"])),
     }
-    models[SPLIT] = models[MERGED]
     for model in (models[PLAIN], models[MERGED]):
         (module,) = delta_s_modules(model).values()
         with torch.no_grad():
@@ -48,20 +62,38 @@ def bench_layer(
     recorder = RowGradRecorder(lambda module, grads: None)
     recorder.groups = torch.arange(rows, device=device).tensor_split(2)
 
+    deferred = DeferredGrads(models[MERGED], budget_gb=math.inf)
+
     def step(model: nn.Module) -> None:
-        # As TRL trains in half precision: LoRA's own weights are float32.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y = model(x)
-        y.backward(dy)
-        x.grad = None
+        for _ in range(micro_batches):
+            # As TRL trains in half precision: LoRA's own weights are float32.
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                y = model(x)
+            y.backward(dy)
+            x.grad = None
+        if model is models[MERGED]:
+            deferred.flush()
         for parameter in model.parameters():
             parameter.grad = None
 
-    def split() -> None:
-        with recorder.attached(models[SPLIT]):
-            step(models[SPLIT])
+    def under(*contexts: Callable[[], AbstractContextManager]) -> Callable[[], None]:
+        def run() -> None:
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context())
+                step(models[MERGED])
 
-    cases = {name: (lambda model=model: step(model)) for name, model in models.items()} | {SPLIT: split}
+        return run
+
+    split = partial(recorder.attached, models[MERGED])
+    cases: dict[str, Callable[[], None]] = {name: partial(step, model) for name, model in models.items()}
+    cases |= {SPLIT: under(split), DEFERRED: under(deferred.attached), BOTH: under(split, deferred.attached)}
     seconds = in_turn(cases, rounds, device)
-    about = {"shape": f"{d_out} x {d_in}", "tokens": tokens, "rows": rows, "dtype": str(dtype).removeprefix("torch.")}
+    about = {
+        "shape": f"{d_out} x {d_in}",
+        "micro-batches": micro_batches,
+        "tokens each": tokens,
+        "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     return Timings("layer, forward and backward", seconds, about | machine(device), LIMITS)
