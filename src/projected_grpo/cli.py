@@ -26,15 +26,31 @@ def extract(args: list[str]) -> None:
     extract(config)
 
 
+@dataclass(frozen=True)
+class TrainOptions(TrainConfig):
+    dry_run: bool = False
+    """Say how much memory the run will take at most, and do nothing else; a GPU need not be there."""
+
+
 def train(args: list[str]) -> None:
     """One arm, one seed: a run's folder under out/runs. `--config FILE` repeats or resumes a run."""
     source, rest = take(args, "--config")
+
+    def options_of(config: TrainConfig) -> TrainOptions:
+        return copy_fields(TrainOptions, TrainConfig, config)
+
     if source is not None:
-        saved = replace(TrainConfig.from_file(Path(source)), resume=False)
-        config = parse(TrainConfig, rest, "train --config FILE", default=saved)
+        saved = options_of(replace(TrainConfig.from_file(Path(source)), resume=False))
+        options = parse(TrainOptions, rest, "train --config FILE", default=saved)
     else:
-        config = with_preset(args, "train", lambda preset: preset)
+        options = with_preset(args, "train", options_of)
+    config = copy_fields(TrainConfig, TrainConfig, options)
     console()
+    if options.dry_run:
+        from projected_grpo.memory import forecast
+
+        print(forecast(config).table())
+        return
     from projected_grpo.run import train
 
     train(config)

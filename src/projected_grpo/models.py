@@ -34,7 +34,7 @@ from projected_grpo.model_cache import (
     wrap,
 )
 from projected_grpo.paths import cache_dir
-from projected_grpo.random_models import TINY_ARCHITECTURE, build_qwen3_4b, build_tiny
+from projected_grpo.random_models import TINY_ARCHITECTURE, build_qwen3_4b, build_tiny, qwen3_4b_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -81,7 +81,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None, see
         raise InputError(f"dtype {dtype!r}: unknown; use one of {', '.join(DTYPES)}")
     if name == "qwen3-4b-random":  # 8 GB that are made faster than they are read
         model, tokenizer = build_qwen3_4b(dtype, device_of(device), seed)
-        return LoadedModel(model.eval(), tokenizer, "chat", name, _note(name, seed))
+        return LoadedModel(model.eval(), tokenizer, _style(name), name, _note(name, seed))
     return load_folder(_source(name, seed), name, dtype, device, seed)
 
 
@@ -94,11 +94,33 @@ def load_folder(
 
     device = device_of(device)
     tokenizer = _load_tokenizer(name, str(source))
-    micro = seed_of_micro(name) is not None
-    with _refusing(name), quiet(micro or name in BUILT_IN):
+    with _refusing(name), quiet(seed_of_micro(name) is not None or name in BUILT_IN):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    style: PromptStyle = "bare" if micro else "prefill" if "smollm2-135m" in name.lower() else "chat"
-    return LoadedModel(model.to(device).eval(), tokenizer, style, name, _note(name, seed))
+    return LoadedModel(model.to(device).eval(), tokenizer, _style(name), name, _note(name, seed))
+
+
+def load_skeleton(name: str, dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """As `load_model`, with weights on the meta device, where they have shapes and no numbers. Raises InputError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if name == "qwen3-4b-random":
+        config, tokenizer = qwen3_4b_parts(dtype)
+    else:
+        source = _source(name, seed)
+        tokenizer = _load_tokenizer(name, source)
+        with _refusing(name):
+            config = AutoConfig.from_pretrained(source)
+    with torch.device("meta"), quiet():
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.tie_weights()
+    return LoadedModel(model.eval(), tokenizer, _style(name), name, _note(name, seed))
+
+
+def _style(name: str) -> PromptStyle:
+    if seed_of_micro(name) is not None:
+        return "bare"
+    return "prefill" if "smollm2-135m" in name.lower() else "chat"
 
 
 def device_of(name: str | None) -> str:

@@ -33,7 +33,7 @@ from projected_grpo.merged_forward import unchanging
 from projected_grpo.pairs import ContrastivePair
 from projected_grpo.row_grads import RowGradRecorder
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Of a batch, padding included: the logits of so many tokens, and the activations of one backward, are held at once."""
 
 
@@ -124,6 +124,19 @@ def encode_pairs(
             "tokens, which the policy could not have sampled; they are used whole"
         )
     return encoded
+
+
+def batch_shapes(
+    model: nn.Module, pairs: Sequence[EncodedPair], n_weights: int, batch_tokens: int = BATCH_TOKENS
+) -> list[tuple[bool, int, int, int, int]]:
+    """Of each batch that `pair_gradients` would make: whether it is packed, its rows, their width, the places of a row
+    that have logits, and the tokens of all sides. `n_weights`: numbers in the adapted weights."""
+    shapes = []
+    for packed, rows in _batches(_rows(model, n_weights, pairs), batch_tokens):
+        batch = _collate(rows, "sum")
+        width = batch.ids.shape[1]
+        shapes.append((packed, len(rows), width, width - min(batch.places), len(batch.tokens)))
+    return shapes
 
 
 def encode_pair(

@@ -15,7 +15,7 @@ from projected_grpo.model_cache import CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_STAR
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
 TINY_ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 259,
@@ -74,15 +74,23 @@ def build_tiny(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_qwen3_4b(dtype: str, device: str, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """`qwen3-4b-random` on `device`, and a tokenizer of some three bytes a token, trained on our own problems."""
+def qwen3_4b_parts(dtype: str) -> "tuple[Qwen3Config, PreTrainedTokenizerBase]":
+    """Qwen3-4B's shape, and a tokenizer of some three bytes a token, trained on our own problems."""
     import torch
     from tokenizers import Tokenizer
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config
 
     tokenizer = wrap(Tokenizer.from_str(_trained_tokenizer()), CHAT_TEMPLATE, QWEN3_4B["max_position_embeddings"])
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3Config(**QWEN3_4B, **ends, bos_token_id=None, dtype=getattr(torch, dtype))
+    return Qwen3Config(**QWEN3_4B, **ends, bos_token_id=None, dtype=getattr(torch, dtype)), tokenizer
+
+
+def build_qwen3_4b(dtype: str, device: str, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """`qwen3-4b-random` on `device`, and its tokenizer."""
+    import torch
+    from transformers import GenerationConfig, Qwen3ForCausalLM
+
+    config, tokenizer = qwen3_4b_parts(dtype)
     before = torch.get_default_dtype()
     devices = [device] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), quiet():
@@ -96,7 +104,7 @@ def build_qwen3_4b(dtype: str, device: str, seed: int) -> "tuple[PreTrainedModel
     first = model.model.layers[0].state_dict()
     for layer in model.model.layers[1:]:
         layer.load_state_dict(first)
-    model.generation_config = GenerationConfig(**ends)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model, tokenizer
 
 
