@@ -87,6 +87,16 @@ replicate-quick *flags:
     projected-grpo sweep sweeps/replicate_quick.toml {{flags}}
     projected-grpo report out/replicate-quick/micro --out out/replicate-quick/report --overwrite
 
+# the whole matrix of the microcosm, eight arms x ten seeds, and its report
+replicate *flags:
+    projected-grpo sweep sweeps/replicate.toml {{flags}}
+    projected-grpo report out/replicate/micro --out out/replicate/report --overwrite
+
+# preset `smol`, four arms x three seeds, one run after the other (half a day of one machine), and its report
+replicate-smol *flags:
+    projected-grpo sweep sweeps/replicate_smol.toml --jobs 1 {{flags}}
+    projected-grpo report out/replicate-smol/smol --out out/replicate-smol/report --overwrite
+
 # what a basis stops that was made without the pairs of one style, or of one loophole mode; two reports
 leave-one-out *flags:
     projected-grpo sweep sweeps/leave_one_style_out.toml {{flags}}

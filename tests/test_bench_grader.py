@@ -88,12 +88,17 @@ def test_what_fails_in_a_plain_interpreter_is_a_fault():
     run_fresh(program_of(PROBLEM))
 
 
-def test_the_command_prints_the_report(capsys, material):
-    few = ["--workers", "1", "--repeats", "1", "--rounds", "1"]
+def test_the_command_prints_the_report_and_writes_its_numbers(capsys, material, tmp_path):
+    out = tmp_path / "grader.json"
+    few = ["--workers", "1", "--repeats", "1", "--rounds", "1", "--out", str(out)]
     assert main(["bench", "grader", "--problems", str(material / "problems.toml"), *few]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("3 rows, median own run time")
-    assert "(to hold: at least 8)" in out
+    text = capsys.readouterr().out
+    assert text.startswith("3 rows, median own run time")
+    assert "(to hold: at least 8)" in text
+    assert f"wrote {out}" in text
+    assert len(json.loads(out.read_text())["rows"]) == 3
+    assert main(["bench", "grader", *few]) == 2
+    assert f"--out {out} exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def extract(args: list[str]) -> None:
 @dataclass(frozen=True)
 class TrainOptions(TrainConfig):
     dry_run: bool = False
-    """Say how much memory the run will take at most, and do nothing else; a GPU need not be there."""
+    """Say how much memory the run will take, and train nothing; the GPU, and the model's weights, need not be there."""
 
 
 def train(args: list[str]) -> None:

@@ -1,35 +1,39 @@
 """The most memory that a run will hold, before anything is loaded: `train --dry-run`.
 
 What is kept is counted: weights, factors, W', keys and values, δ with its optimiser state. What the backward keeps is
-measured, on a model without numbers (PyTorch's meta device), as the bytes of all distinct tensors that a forward saves,
-so that it holds for every architecture that transformers has. What a single operation takes while it runs is reckoned
-for the two large ones, the log-probabilities over the vocabulary and the widest layer's gradients.
+measured, on a model without numbers (PyTorch's meta device), as the bytes of all distinct tensors that a forward saves:
+for any decoder of transformers whose attention can be exchanged. What a single operation takes while it runs is
+reckoned for the two large ones, the log-probabilities over the vocabulary and the widest layer's gradients.
 
 Counted are tensors. An allocator holds more, in pieces, and a CUDA context comes on top; on a CPU the interpreter and
-the libraries are counted in as this process holds them now.
+the libraries are counted in as this process holds them now (docs/performance.md has both against real runs).
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 
+from projected_grpo.basis import check_top_k
 from projected_grpo.config import TrainConfig
 from projected_grpo.encoding import encode_prompt
+from projected_grpo.errors import InputError
+from projected_grpo.extract import pairs_of, placebos_of
 from projected_grpo.models import device_of, load_skeleton
-from projected_grpo.pair_gradients import batch_shapes, encode_pairs
+from projected_grpo.pair_gradients import BatchShape, batch_shapes, encode_pairs
 from projected_grpo.prompting import Prompter
 from projected_grpo.run import check_enough
-from projected_grpo.sources import assign_modes, pairs_selected, problems_of
+from projected_grpo.sources import assign_modes, problems_of
 
 GB = 1e9
 _FLOAT = 4
@@ -66,24 +70,28 @@ class Forecast:
                 f"  {name:{width}}" + "".join(f"{'-' if cell is None else f'{cell / GB:.2f}':>14}" for cell in cells)
             )
         lines.append(f"  {'together':{width}}" + "".join(f"{self.total(p) / GB:>14.2f}" for p in self.phases))
-        lines.append(f"predicted peak: {self.peak / GB:.1f} GB, in {worst}")
+        lines.append(f"predicted peak: {self.peak / GB:.2f} GB in {worst}")
         if self.host:
             held = ", ".join(f"{name} {size / GB:.1f}" for name, size in self.host.items())
             lines.append(f"in host memory meanwhile: {sum(self.host.values()) / GB:.1f} GB ({held})")
         else:
-            lines.append("resident is more: the C allocator keeps pieces of what was freed, 5 to 35 % in four runs")
+            lines.append("resident is more: the C allocator keeps pieces of what was freed (docs/performance.md)")
         return "\n".join(lines)
 
 
 def forecast(config: TrainConfig) -> Forecast:
-    """Of a run of `config` on its device.
+    """Of a run of `config` on its device, a GPU that need not be there or a CPU.
 
     A completion counts as long as it may become, and a step's prompts as long as the longest, so that a run whose
-    completions end early stays below. Raises InputError for problems, pairs or a model that the run would refuse.
+    completions end early stays below. Raises InputError for a device, model, problems or pairs that cannot be used.
     """
-    device = torch.device(_device_wished(config.device))
+    device = _device(config.device)
+    pairs = [pairs_of(config)]
+    check_top_k(config.v_hack_k, len(pairs[0]))
+    if config.arm.startswith("placebo_"):
+        pairs.append(placebos_of(config, config.arm.removeprefix("placebo_")))
     loaded = load_skeleton(config.model, config.dtype)
-    shape = _Shape(loaded.model, config, on_gpu=device.type != "cpu")
+    shape = _Shape(loaded.model, config, on_gpu=device.type == "cuda")
     prompter = Prompter(loaded, config.max_prompt_length, config.wording)
     problems = problems_of(config.problems)
     check_enough(config, problems)
@@ -91,26 +99,36 @@ def forecast(config: TrainConfig) -> Forecast:
         len(encode_prompt(loaded.tokenizer, prompter.row(problem, mode)["prompt"], prompter.template_kwargs))
         for problem, mode in zip(problems, assign_modes(problems, config.modes), strict=True)
     )
-    pairs = prompter.pairs(pairs_selected(config.pairs, config.pairs_without, config.n_pairs))
-    encoded = encode_pairs(
-        loaded.model, loaded.tokenizer, pairs.pairs, prompter.template_kwargs, config.max_prompt_length
-    )
-    batches = batch_shapes(loaded.model, encoded, shape.n_adapted)
-    # The worst is the batch of most tokens, of most logits, or of most tokens in a side.
-    worst = {max(batches, key=of) for of in (lambda b: b[1] * b[2], lambda b: b[1] * b[3], lambda b: b[4])}
-    extraction = [shape.extraction(*batch) for batch in worst]
-    resting = shape.resting(len(encoded))
+    batches = [
+        batch
+        for chosen in pairs
+        for batch in batch_shapes(
+            loaded.model,
+            encode_pairs(
+                loaded.model,
+                loaded.tokenizer,
+                prompter.pairs(chosen).pairs,
+                prompter.template_kwargs,
+                config.max_prompt_length,
+            ),
+            shape.n_adapted,
+        )
+    ]
+    resting = shape.resting(len(pairs[0]))
     phases = {
         "decomposition": shape.decomposition(),
-        "extraction": resting | max(extraction, key=lambda parts: sum(parts.values())),
+        "extraction": resting | shape.extraction(batches, len(pairs[0])),
         "generation": resting | shape.generation(prompt, config.max_completion_length),
         "update": resting | shape.update(prompt, config.max_completion_length),
     }
+    if config.basis is not None and not config.vhack_refresh_every and len(pairs) == 1:
+        del phases["extraction"]  # the file has it
     host = {}
     if shape.on_gpu:
-        host = {"factors": shape.factors, "pair gradients": len(encoded) * shape.n_delta * _FLOAT}
+        # D, and its singular vectors in float64.
+        host["pair gradients"] = 3 * len(pairs[0]) * shape.n_delta * _FLOAT
         if config.offload:
-            host["weights while generating"] = shape.adapted  # W, and W' is in its place
+            host |= shape.pinned()
             phases["generation"] = {k: v for k, v in phases["generation"].items() if k not in ("factors", "merged")}
     else:
         libraries = psutil.Process().memory_info().rss
@@ -126,9 +144,14 @@ def forecast(config: TrainConfig) -> Forecast:
     return Forecast(about, phases, host)
 
 
-def _device_wished(name: str | None) -> str:
-    """A GPU may be asked about where there is none."""
-    return name if name is not None and name.startswith("cuda") else device_of(name)
+def _device(name: str | None) -> torch.device:
+    """A CPU or a GPU, which need not be there."""
+    if name is not None and re.fullmatch(r"cuda(:\d+)?", name):
+        return torch.device(name)
+    device = torch.device(device_of(name))
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: memory is foretold for cpu and cuda; leave --dry-run out")
+    return device
 
 
 class _Shape:
@@ -138,16 +161,21 @@ class _Shape:
         self.model, self.config, self.on_gpu = model.requires_grad_(False), config, on_gpu
         self.item = model.dtype.itemsize
         head = model.get_output_embeddings()
+        if head is None:
+            raise InputError(f"model {config.model!r} has no LM head, so it cannot be trained here; name a causal LM")
         self.linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
         self.sizes = sizes = [(max(linear.weight.shape), min(linear.weight.shape)) for linear in self.linears]
+        if not sizes:
+            raise InputError(
+                f"model {config.model!r} has no linear layer beside its LM head, so there is nothing to adapt"
+            )
         self.vocabulary, self.hidden = head.weight.shape
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_adapted = sum(large * small for large, small in sizes)
         self.n_delta = sum(small for _, small in sizes)
         self.weights, self.adapted = self.n_parameters * self.item, self.n_adapted * self.item
         self.factors = sum((large + small) * small for large, small in sizes) * _FLOAT
-        self.largest, self.rank = max(sizes)
-        self.n_largest = max(large * small for large, small in sizes)
+        self.widest = max(large for large, _ in sizes)
 
     def resting(self, n_pairs: int) -> dict[str, int]:
         """What is there from the first step to the last."""
@@ -159,17 +187,36 @@ class _Shape:
     def decomposition(self) -> dict[str, int]:
         """In float64, as many weights at a time as there are threads; on a GPU one."""
         threads = 1 if self.on_gpu else torch.get_num_threads()
-        one = 2 * self.largest * self.rank + 6 * self.rank**2  # W and its long factor; the square ones and LAPACK's own
+        # W and its long factor; the square ones and LAPACK's own.
+        one = max(2 * large * small + 6 * small**2 for large, small in self.sizes)
         factors = 0 if self.on_gpu else self.factors
         return {"weights": self.weights, "factors": factors, "at work": threads * one * 8}
 
-    def extraction(self, packed: bool, rows: int, width: int, kept: int, scored: int) -> dict[str, int]:
-        """A batch of pairs: `kept` places of each row have logits, `scored` tokens are of a side."""
-        saved = saved_bytes(self.model, self.linears, rows, width, own_mask=packed)
-        wide = max(self.item, _FLOAT)
-        logits = rows * kept * self.vocabulary * self.item + 3 * scored * self.vocabulary * wide
-        work = self._backward(rows * width, groups=rows, by_row=True)
-        return {"activations": saved.together, "logits": logits, "at work": work}
+    def pinned(self) -> dict[str, int]:
+        """What `offload` puts into pinned host memory, which PyTorch gives out in powers of two."""
+
+        def block(size: int) -> int:
+            return 1 << (size - 1).bit_length()
+
+        factors = sum(block(large * small * _FLOAT) + block(small**2 * _FLOAT) for large, small in self.sizes)
+        weights = sum(block(large * small * self.item) for large, small in self.sizes)
+        return {"factors": factors, "weights while generating": weights}
+
+    def extraction(self, batches: Sequence[BatchShape], n_pairs: int) -> dict[str, int]:
+        """The worst batch of pairs: that of most tokens, of most logits, or of most tokens in a side."""
+        worst = {
+            max(batches, key=of) for of in (lambda b: b.rows * b.width, lambda b: b.rows * b.kept, lambda b: b.scored)
+        }
+        parts = max((self._pairs(batch) for batch in worst), key=lambda parts: sum(parts.values()))
+        return parts | {"pair gradients": n_pairs * self.n_delta * _FLOAT}
+
+    def _pairs(self, batch: BatchShape) -> dict[str, int]:
+        mask: Mask = "once" if batch.packed else "none"
+        saved = saved_bytes(self.model, self.linears, batch.rows, batch.width, mask)
+        logits = batch.rows * batch.kept * self.vocabulary * self.item
+        wide = batch.scored * self.vocabulary * max(self.item, _FLOAT)
+        work = self._backward(batch.rows * batch.width, groups=batch.rows, by_row=True)
+        return {"activations": saved.together, "logits": logits + 3 * wide, "at work": work}
 
     def generation(self, prompt: int, completion: int) -> dict[str, int]:
         """All rows that are sampled at once."""
@@ -180,7 +227,7 @@ class _Shape:
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         one = rows * (prompt + completion) * heads * width * self.item
         cache = 2 * text.num_hidden_layers * one
-        prefill = 3 * rows * prompt * max(self.largest, self.hidden) * self.item
+        prefill = 3 * rows * prompt * max(self.widest, self.hidden) * self.item
         # Logits and their copies in float32, sorted with their places (8 bytes each) for the nucleus.
         sampling = rows * self.vocabulary * (5 * _FLOAT + 8)
         return {"keys and values": cache, "logits": sampling, "at work": max(prefill, 2 * one)}
@@ -189,20 +236,24 @@ class _Shape:
         """One micro-batch, forward and backward."""
         config = self.config
         rows, width = config.micro_batch, prompt + completion
-        saved = saved_bytes(self.model, self.linears, rows, width)
+        groups = 2 if config.num_teacher else 1
+        saved = saved_bytes(self.model, self.linears, rows, width, "each")
         scored = rows * completion if self.on_gpu else rows * (width - 1)
-        tile = min(scored, TOKEN_CHUNK_SIZE) * min(self.vocabulary, VOCAB_CHUNK_SIZE)
         # TRL's kernel works in place; without it eight tiles of float32 are there at the worst moment of the backward.
-        tiles = tile * self.item if self.on_gpu else tile * (8 * _FLOAT)
+        if self.on_gpu:
+            tiles = min(scored, TOKEN_CHUNK_SIZE) * VOCAB_CHUNK_SIZE * self.item
+        else:
+            tiles = min(scored, TOKEN_CHUNK_SIZE) * min(self.vocabulary, VOCAB_CHUNK_SIZE) * 8 * _FLOAT
         logits = tiles + scored * self.hidden * (2 * _FLOAT)
-        by_row = bool(config.rollout_grad_every)
+        micro_batches = config.prompts_per_step * config.group_size // config.micro_batch
         deferred = {}
-        several = config.prompts_per_step * config.group_size > config.micro_batch
-        if several and config.defer_budget_gb:
-            # Both sources' rows; modules that have few tokens for their width take no weight's gradient.
-            wanted = sum(2 * a * b * _FLOAT for a, b in self.sizes if rows * width >= 2 * a)
-            deferred = {"deferred gradients": min(wanted, int(config.defer_budget_gb * GB))}
-        work = self._backward(rows * width, groups=rows if by_row else 2, by_row=by_row)
+        if micro_batches > 1 and config.defer_budget_gb:
+            pays = [a * b for a, b in self.sizes if rows * width * micro_batches >= groups * a]
+            deferred = {"deferred gradients": int(min(groups * sum(pays) * _FLOAT, config.defer_budget_gb * GB))}
+        by_row = bool(config.rollout_grad_every)
+        work = max(
+            self._backward(rows * width, groups, by_row=False), by_row * self._backward(rows * width, rows, by_row)
+        )
         if not config.gradient_checkpointing:
             return deferred | {"activations": saved.together, "logits": logits, "at work": work}
         # A layer's activations are made again once the logits are gone.
@@ -213,11 +264,14 @@ class _Shape:
         return deferred | max(moments, key=lambda parts: sum(parts.values()))
 
     def _backward(self, tokens: int, groups: int, by_row: bool) -> int:
-        """The gradients in flight at the widest layer, and what dL/dδ is made from there."""
-        flying = 3 * tokens * self.largest * self.item
-        if by_row or tokens < groups * self.largest:
-            return flying + 3 * tokens * self.rank * _FLOAT
-        return flying + self.n_largest * (self.item + 2 * _FLOAT)
+        """The gradients in flight at the widest layer, and what dL/dδ is made from at the module that takes most."""
+
+        def of_delta(large: int, small: int) -> int:
+            if by_row or tokens < groups * large:
+                return 3 * tokens * small * _FLOAT + (large + small) * small * (self.item if self.item < _FLOAT else 0)
+            return large * small * (self.item + 2 * _FLOAT) + (tokens * (large + small) * self.item) * (groups > 1)
+
+        return 3 * tokens * self.widest * self.item + max(of_delta(*size) for size in self.sizes)
 
 
 @dataclass(frozen=True)
@@ -232,23 +286,25 @@ class Saved:
     """Of the largest layer alone."""
 
 
-def saved_bytes(model: Any, linears: list[nn.Linear], rows: int, width: int, own_mask: bool = False) -> Saved:
-    """Of all distinct tensors that a forward of `rows` x `width` tokens keeps, parameters left out, where every one of
-    `linears` is adapted.
+Mask = Literal["none", "each", "once"]
+"""Attention without a mask, with one of truth values (which each layer turns into numbers for itself), or with one that
+is given in the model's precision and so kept once."""
 
-    `model` has its weights on the meta device, none of which asks for a gradient. `own_mask`: the attention's mask is
-    given in the model's precision and kept once, and not once a layer.
+
+def saved_bytes(model: Any, linears: list[nn.Linear], rows: int, width: int, mask: Mask) -> Saved:
+    """Of all distinct tensors that a forward of `rows` x `width` tokens keeps, parameters left out, where every one of
+    `linears` is adapted. `model` has its weights on the meta device, none of which asks for a gradient.
     """
     counter = _SavedTensors(model)
     ids = torch.zeros(rows, width, dtype=torch.long, device="meta")
     with (
-        _counting_layers(model, linears, counter, rows, width, own_mask) as layers,
+        _counting_layers(model, linears, counter, rows, width, mask) as layers,
         torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda x: x),
         torch.enable_grad(),
     ):
         model.base_model(input_ids=ids, use_cache=False)
     inputs = len(layers) * rows * width * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    return Saved(counter.total, counter.total - sum(layers) + inputs, max(layers))
+    return Saved(counter.total, counter.total - sum(layers) + inputs, max(layers, default=0))
 
 
 class _SavedTensors:
@@ -268,14 +324,15 @@ class _SavedTensors:
 
 @contextmanager
 def _counting_layers(
-    model: Any, linears: list[nn.Linear], counter: _SavedTensors, rows: int, width: int, own_mask: bool
+    model: Any, linears: list[nn.Linear], counter: _SavedTensors, rows: int, width: int, mask: Mask
 ) -> Iterator[list[int]]:
     """The model as the adapter and the attention's kernels would leave it to autograd; yields the bytes that each
     decoder layer keeps."""
     layers: list[int] = []
-    mask = torch.empty(rows, 1, width, width, dtype=model.dtype, device="meta") if own_mask else None
-    AttentionInterface.register("counted", partial(_counted_attention, mask))
+    one = torch.empty(rows, 1, width, width, dtype=model.dtype, device="meta")
+    masks = {"none": lambda: None, "each": lambda: torch.empty_like(one), "once": lambda: one}
     before = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS["counted"] = partial(_counted_attention, masks[mask])
     handles = []
     for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
         handles.append(layer.register_forward_pre_hook(lambda *_: layers.append(-counter.total)))
@@ -287,6 +344,7 @@ def _counting_layers(
         yield layers
     finally:
         model.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS["counted"]
         for linear in linears:
             del vars(linear)["forward"]
         for handle in handles:
@@ -310,18 +368,21 @@ def _counted_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _counted_attention(
-    mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    make_mask: Callable[[], Tensor | None],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> tuple[Tensor, None]:
-    """What the fused kernels keep: query, keys and values for every head, the output, a number a row, and the mask,
-    which they turn from truth values into numbers, each layer for itself."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # with a mask the kernels want a key for each query head
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if mask is None:
-        mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
+    """What the fused kernels keep: query, keys and values, the output, a number a row, and the mask."""
+    kept = [query, key, value]
+    if (mask := make_mask()) is not None:
+        # With a mask the kernels want keys and values for each query head.
+        groups = query.shape[1] // key.shape[1]
+        kept = [query, *(x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value)), mask]
     sums = query.new_empty(query.shape[:3], dtype=torch.float32)
     # Laid out as the kernels do, (rows, tokens, heads, width), so that the next line copies nothing.
-    out = _Kept.apply(
-        lambda: query.new_empty(query.transpose(1, 2).shape).transpose(1, 2), True, query, key, value, mask, sums
-    )
+    out = _Kept.apply(lambda: query.new_empty(query.transpose(1, 2).shape).transpose(1, 2), True, *kept, sums)
     return out.transpose(1, 2).contiguous(), None

@@ -129,14 +129,17 @@ def merged_linear(
         x = x.to(dtype)
     recorder = module.recorder if torch.is_grad_enabled() and delta.requires_grad else None
     groups = None if recorder is None else recorder.groups_of(x)
-    return _MergedLinear.apply(x, delta, module, effective_weight(module, names, delta, dtype), recorder, groups)
+    weight = effective_weight(module, names, delta, dtype)
+    return _MergedLinear.apply(x, delta, module, names, weight, recorder, groups)
 
 
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, module: Any, weight: Tensor, recorder: Any, groups: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor, module: Any, names: Any, weight: Tensor, recorder: Any, groups: Any
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.module, ctx.recorder, ctx.groups = module, recorder, groups
+        ctx.module, ctx.names, ctx.recorder, ctx.groups = module, names, recorder, groups
         bias = module.base_layer.bias
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
@@ -150,14 +153,20 @@ class _MergedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = dy @ weight
             if ctx.needs_input_grad[1]:
-                grad_delta = _grad_delta(ctx.module, x, dy, ctx.recorder, ctx.groups)
-        return grad_x, grad_delta, None, None, None, None
+                deferred = ctx.module.deferred
+                by_row = ctx.recorder is not None and ctx.groups is None
+                if (
+                    deferred is None
+                    or by_row
+                    or not deferred.take(ctx.module, ctx.names, x, dy, ctx.recorder, ctx.groups)
+                ):
+                    grad_delta = _grad_delta(ctx.module, x, dy, ctx.recorder, ctx.groups)
+        return grad_x, grad_delta, None, None, None, None, None
 
 
 def _grad_delta(
     module: Any, x: Tensor, dy: Tensor, recorder: "RowGradRecorder | None", groups: Sequence[Tensor] | None
-) -> Float[Tensor, " r"] | None:
-    """None where the gradient has been left with `module.deferred`."""
+) -> Float[Tensor, " r"]:
     u, vh = module.u, module.vh
     d_out, d_in = len(u), vh.shape[1]
     n_groups = 1 if groups is None else sum(len(rows) > 0 for rows in groups)
@@ -170,17 +179,17 @@ def _grad_delta(
             return of_tokens.reshape(-1, u.shape[1]).sum(0)
         rows = of_tokens.sum(1)
         grads = rows if groups is None else torch.stack([rows[own].sum(0) for own in groups])
+    elif groups is None:
+        return _by_weight_grad(u, vh, x, dy)
     else:
-        parts = [(x, dy)]
-        if groups is not None:
-            parts = [(x, dy) if len(own) == len(x) else (x[own], dy[own]) for own in groups]
-        if module.deferred is not None and module.deferred.take(module, parts):
-            return None
-        grads = torch.stack([_by_weight_grad(u, vh, *part) for part in parts])
-        if recorder is None:
-            return grads[0]
+        grads = torch.stack([_by_weight_grad(u, vh, *rows_of(x, dy, own)) for own in groups])
     recorder.on_grad(module, grads)
     return grads.sum(0)
+
+
+def rows_of(x: Tensor, dy: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows of a group; all of them, and no copy, where it holds all or is None."""
+    return (x, dy) if own is None or len(own) == len(x) else (x[own], dy[own])
 
 
 def _by_token(u: Float[Tensor, "d_out r"], vh: Float[Tensor, "r d_in"], x: Tensor, dy: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def load_skeleton(name: str, dtype: str = "float32", seed: int = 0) -> LoadedMod
         tokenizer = _load_tokenizer(name, source)
         with _refusing(name):
             config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"), quiet():
+    with _refusing(name), torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.tie_weights()
     return LoadedModel(model.eval(), tokenizer, _style(name), name, _note(name, seed))

@@ -16,7 +16,7 @@ mask a row is a side, after a prompt of its own.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,16 +126,27 @@ def encode_pairs(
     return encoded
 
 
+class BatchShape(NamedTuple):
+    """Sizes of one batch of pairs."""
+
+    packed: bool
+    rows: int
+    width: int
+    kept: int
+    """Places of a row that have logits."""
+    scored: int
+    """Tokens of all sides."""
+
+
 def batch_shapes(
     model: nn.Module, pairs: Sequence[EncodedPair], n_weights: int, batch_tokens: int = BATCH_TOKENS
-) -> list[tuple[bool, int, int, int, int]]:
-    """Of each batch that `pair_gradients` would make: whether it is packed, its rows, their width, the places of a row
-    that have logits, and the tokens of all sides. `n_weights`: numbers in the adapted weights."""
+) -> list[BatchShape]:
+    """Of each batch that `pair_gradients` would make of a model with `n_weights` numbers in its adapted weights."""
     shapes = []
     for packed, rows in _batches(_rows(model, n_weights, pairs), batch_tokens):
         batch = _collate(rows, "sum")
         width = batch.ids.shape[1]
-        shapes.append((packed, len(rows), width, width - min(batch.places), len(batch.tokens)))
+        shapes.append(BatchShape(packed, len(rows), width, width - min(batch.places), len(batch.tokens)))
     return shapes
 
 

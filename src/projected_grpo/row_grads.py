@@ -19,7 +19,8 @@ class RowGradRecorder:
     """Records ∂L/∂δ of each group of rows while it is attached.
 
     `on_grad` receives (module, grads) for every backward through a module, several times per step under gradient
-    accumulation: grads of shape (groups, r) where `groups` is set, else (rows, r), a row each. `groups` are the indices
+    accumulation, or once for all of them where `DeferredGrads` waits: grads of shape (groups, r) where `groups` is set,
+    else (rows, r), a row each. `groups` are the indices
     of each group's rows and have to hold every row of the coming forwards once.
     """
 

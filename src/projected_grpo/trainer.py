@@ -86,8 +86,9 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._rollout_grad_every = rollout_grad_every
         self._offload = offload
         self._recorder = RowGradRecorder(self._record)
-        once = self.args.gradient_accumulation_steps == 1 or self.accelerator.num_processes > 1
-        self._deferred = DeferredGrads(self.model, 0.0 if once else defer_budget_gb)
+        micro_batches = self.args.gradient_accumulation_steps
+        at_once = micro_batches == 1 or self.accelerator.num_processes > 1
+        self._deferred = DeferredGrads(self.model, 0.0 if at_once else defer_budget_gb, micro_batches)
         self.module_names = {module: name for name, module in delta_s_modules(self.model).items()}
         self._generation: dict[str, Any] = {}
         self._step_rows: list[dict[str, Tensor]] = []
@@ -190,10 +191,14 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._source_grads[name] = sums if before is None else before + sums
 
     def training_step(self, model, inputs, num_items_in_batch):
-        with self._recorder.attached(self.model), self._deferred.attached(), unchanging(self.model):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            with self._recorder.attached(self.model), self._deferred.attached(), unchanging(self.model):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._reset_step()  # whoever goes on with this trainer begins the step anew
+            raise
         if self.accelerator.sync_gradients:  # the step's last micro-batch
-            self._deferred.flush(self._record)
+            self._deferred.flush()
         self._loss_sum += loss.item()
         return loss
 

@@ -56,9 +56,10 @@ def _bases_apart(model: nn.Module, ours: dict[str, Tensor], theirs: dict[str, Te
     same = [name for name, v in a.directions.items() if name in b.directions and len(v) == len(b.directions[name])]
     apart = [_outside(a.directions[name].double(), b.directions[name].double()) for name in same]
     modules = len(a.directions.keys() | b.directions.keys())
+    held = "held" if len(same) == modules and max(apart) <= 1e-5 else "NOT HELD"
     return (
         f"the two bases have the same k in {len(same)} of {modules} modules; there a direction is at most "
-        f"{max(apart, default=0.0):.1e} outside of the other's span"
+        f"{max(apart, default=0.0):.1e} outside of the other's span (to hold: all, 1e-5): {held}"
     )
 
 

@@ -19,7 +19,7 @@ from projected_grpo.row_grads import RowGradRecorder
 
 FROZEN, LORA, PLAIN, MERGED, SPLIT = ("frozen", "LoRA r=32", "delta_s plain", "delta_s merged", "delta_s merged, split")
 DEFERRED, BOTH = "delta_s merged, deferred", "delta_s merged, split, deferred"
-LIMITS = {(case, to): limit for case in (DEFERRED, BOTH) for to, limit in ((FROZEN, 1.6), (PLAIN, 0.5))}
+LIMITS = {(case, to): limit for case in (MERGED, SPLIT, DEFERRED, BOTH) for to, limit in ((FROZEN, 1.6), (PLAIN, 0.5))}
 
 
 def bench_layer(
@@ -62,7 +62,7 @@ def bench_layer(
     recorder = RowGradRecorder(lambda module, grads: None)
     recorder.groups = torch.arange(rows, device=device).tensor_split(2)
 
-    deferred = DeferredGrads(models[MERGED], budget_gb=math.inf)
+    deferred = DeferredGrads(models[MERGED], math.inf, micro_batches)
 
     def step(model: nn.Module) -> None:
         for _ in range(micro_batches):

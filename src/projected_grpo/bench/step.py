@@ -77,7 +77,7 @@ def bench_step(config: TrainConfig, rounds: int) -> Timings:
     shares = [a / b for a, b in zip(watches[PROJECTED].projection[1:], watches[PROJECTED].seconds[1:], strict=True)]
     notes.append(
         f"{PROJECTED}: the projection and what it measures take {1e3 * median(watches[PROJECTED].projection[1:]):.1f} "
-        f"ms, {median(shares):.2%} of a step (to hold: at most 1%)"
+        f"ms, {median(shares):.2%} of a step (to hold: at most 1%): {'held' if median(shares) <= 0.01 else 'NOT HELD'}"
     )
     seconds = {case: watch.seconds[1:] for case, watch in watches.items()}
     return Timings("one optimiser step", seconds, about | machine(device), LIMITS, tuple(notes))
