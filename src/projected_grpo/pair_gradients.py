@@ -34,7 +34,8 @@ from projected_grpo.pairs import ContrastivePair
 from projected_grpo.row_grads import RowGradRecorder
 
 BATCH_TOKENS = 1024
-"""Of a batch, padding included: the logits of so many tokens, and the activations of one backward, are held at once."""
+"""Of a batch, padding included: the logits of so many tokens, and the activations of one backward, are held at once.
+Half as many and twice as many are slower on a CPU (docs/performance.md); a 4B model does not fit with many more."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,10 @@ class BatchShape(NamedTuple):
     """Tokens of all sides."""
 
 
-def batch_shapes(
-    model: nn.Module, pairs: Sequence[EncodedPair], n_weights: int, batch_tokens: int = BATCH_TOKENS
-) -> list[BatchShape]:
+def batch_shapes(model: nn.Module, pairs: Sequence[EncodedPair], n_weights: int) -> list[BatchShape]:
     """Of each batch that `pair_gradients` would make of a model with `n_weights` numbers in its adapted weights."""
     shapes = []
-    for packed, rows in _batches(_rows(model, n_weights, pairs), batch_tokens):
+    for packed, rows in _batches(_rows(model, n_weights, pairs), BATCH_TOKENS):
         batch = _collate(rows, "sum")
         width = batch.ids.shape[1]
         shapes.append(BatchShape(packed, len(rows), width, width - min(batch.places), len(batch.tokens)))
