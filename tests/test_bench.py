@@ -15,11 +15,13 @@ from projected_grpo.bench.layer import BOTH, DEFERRED, FROZEN, LORA, MERGED, PLA
 from projected_grpo.bench.step import OURS, PROJECTED, STOCK, _Turns, bench_step
 from projected_grpo.bench.timing import Timings, in_turn, quartiles
 from projected_grpo.cli import main
+from projected_grpo.config import BasisOptions
 from projected_grpo.models import load_model
 from projected_grpo.pair_gradients import EncodedPair, pair_gradients
 from projected_grpo.presets import preset_defaults
 from projected_grpo.trainer import ProjectedGRPOTrainer
 
+WIDE = {("ours", "peer"): 2.0}
 PAIRS = [EncodedPair(list(range(5, 20 + i)), list(range(40, 52)), list(range(60, 66 + i))) for i in range(3)]
 
 
@@ -38,8 +40,10 @@ def test_ratios_are_those_within_a_round_and_the_table_says_what_holds(tmp_path)
     timings = Timings("a thing", seconds, {"rows": 3}, {("ours", "peer"): 1.6, ("peer", "ours"): 0.5}, ("a note",))
     assert timings.ratios("ours", "peer") == [1.5, 1.5, 2.0]
     table = timings.table()
-    assert "ours / peer: 1.50 (to hold: at most 1.6): held" in table
-    assert "peer / ours: 0.67 (to hold: at most 0.5): NOT HELD" in table
+    assert "ours / peer: 1.50 (1.50 - 1.75; to hold: at most 1.6): held, not resolved" in table
+    assert "peer / ours: 0.67 (0.58 - 0.67; to hold: at most 0.5): NOT HELD\n" in table
+    assert "ours / peer: 1.50 (1.50 - 1.75; to hold: at most 2): held\n" in replace(timings, limits=WIDE).table()
+    assert "at most 1.49): NOT HELD\n" in replace(timings, limits={("ours", "peer"): 1.49}).table()
     assert table.splitlines()[0] == "a thing"
     assert table.splitlines()[-1] == "  a note"
     timings.save(tmp_path / "deep" / "t.json")
@@ -75,7 +79,8 @@ def test_the_loop_that_the_batches_are_timed_against_gives_the_same_gradients():
     ours, slow = pair_gradients(model, PAIRS, temperature=0.7), by_loop(model, PAIRS, 0.7)
     for name, rows in slow.items():
         assert (ours[name] - rows).norm() <= 1e-6 * rows.norm()
-    timings = bench_extract(model, PAIRS, 0.7, 2, 1, {"model": "tiny"})
+    options = BasisOptions(temperature=0.7, v_hack_k=2)
+    timings = bench_extract(model, PAIRS, options, 1, {"model": "tiny"})
     assert list(timings.seconds) == [LOOP_PLAIN, LOOP_MERGED, BATCHED]
     assert timings.about["pairs"] == 3
     gradients, bases = timings.notes
@@ -84,7 +89,7 @@ def test_the_loop_that_the_batches_are_timed_against_gives_the_same_gradients():
     same, modules = map(int, bases.split("the same k in ")[1].split(" modules")[0].split(" of "))
     assert 0 < same == modules
     other = {name: rows.roll(1, dims=1) for name, rows in slow.items()}
-    apart = _bases_apart(model, other, slow, 3, 2)
+    apart = _bases_apart(model, other, slow, options)
     assert float(apart.split("at most ")[1].split()[0]) > 0.5
 
 
@@ -152,6 +157,7 @@ def test_a_step_of_ours_is_timed_beside_one_of_stock_trl(monkeypatch):
         (["step", "smoke", "--rounds", "none"], "--rounds none must be a number"),
         (["step", "smoke", "--rounds", "²"], "must be a number"),
         (["step", "tiny"], "tiny"),
+        (["extract", "smoke", "--token-reduction", "mean"], "leave --token-reduction out"),
         (["step", "smoke", "--arm", "vanilla"], "--arm is set by bench step itself"),
         (["step", "smoke", "--mix-ratio", "0.5", "--teacher-pool", "x"], "--mix-ratio is set by bench step itself"),
         (["step", "smoke", "--prompts-per-step", "999"], "exceeds the 60 problems"),

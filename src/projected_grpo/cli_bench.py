@@ -158,6 +158,8 @@ def extract(args: list[str]) -> None:
     """The pairs' gradients in batches, against a backward for each side. `bench extract PRESET [--rounds N] ...`"""
     rounds, out, args = _rounds_and_out(args, "extract", 3)
     config = with_preset(args, "bench extract", lambda preset: copy_fields(BasisOptions, BasisOptions, preset))
+    if config.token_reduction != "sum":
+        raise InputError("bench extract compares sums over tokens; leave --token-reduction out")
     console()
     from peft import get_peft_model
 
@@ -171,7 +173,7 @@ def extract(args: list[str]) -> None:
     bases = PairBases(get_peft_model(loaded.model, DeltaSConfig()), Prompter(loaded), config)
     about = {"model": config.model, "dtype": config.dtype}
     encoded = bases.encoded(pairs_of(config))
-    _report(bench_extract(bases.model, encoded, config.temperature, config.v_hack_k, rounds, about), out)
+    _report(bench_extract(bases.model, encoded, config, rounds, about), out)
 
 
 @dataclass(frozen=True)

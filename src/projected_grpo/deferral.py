@@ -44,17 +44,12 @@ class DeferredGrads:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside the block backwards through merged weights may leave δ's gradient here. What is held is dropped when
-        the block fails: the step that it belongs to will not end."""
+        """Inside the block backwards through merged weights may leave δ's gradient here."""
         before = [module.deferred for module in self._modules]
         for module in self._modules:
             module.deferred = self
         try:
             yield
-        except BaseException:
-            self._held.clear()
-            self._room = self._budget
-            raise
         finally:
             for module, was in zip(self._modules, before, strict=True):
                 module.deferred = was
@@ -93,6 +88,11 @@ class DeferredGrads:
             if groups is None or len(groups[i]):
                 held.grads[i] = _added(held.grads[i], *rows_of(x, dy, None if groups is None else groups[i]), module)
         return True
+
+    def clear(self) -> None:
+        """Let go of what is held: the step that it belongs to will not end."""
+        self._held.clear()
+        self._room = self._budget
 
     def flush(self) -> None:
         """Give every δ its gradient, and each recorder its groups', (groups, r); let go of what was held."""

@@ -47,7 +47,9 @@ class Forecast:
     about: dict[str, str]
     phases: dict[str, dict[str, int]]
     host: dict[str, int]
-    """What lies in host memory while a GPU runs; empty for a CPU."""
+    """What lies in host memory while a GPU trains; empty for a CPU."""
+    loading: int = 0
+    """What lies there while the model is made ready for a GPU: its weights, and the factors of all modules at once."""
 
     def total(self, phase: str) -> int:
         """Bytes of a phase."""
@@ -73,7 +75,11 @@ class Forecast:
         lines.append(f"predicted peak: {self.peak / GB:.2f} GB in {worst}")
         if self.host:
             held = ", ".join(f"{name} {size / GB:.1f}" for name, size in self.host.items())
-            lines.append(f"in host memory meanwhile: {sum(self.host.values()) / GB:.1f} GB ({held})")
+            lines.append("the allocator's pieces and CUDA's own context come on top (memory/reserved_gb of a run)")
+            training = sum(self.host.values())
+            lines.append(
+                f"in host memory: {self.loading / GB:.1f} GB while loading, {training / GB:.1f} while training ({held})"
+            )
         else:
             lines.append("resident is more: the C allocator keeps pieces of what was freed (docs/performance.md)")
         return "\n".join(lines)
@@ -141,7 +147,7 @@ def forecast(config: TrainConfig) -> Forecast:
         "longest prompt": str(prompt),
         "completion": str(config.max_completion_length),
     }
-    return Forecast(about, phases, host)
+    return Forecast(about, phases, host, shape.factors + shape.weights if shape.on_gpu else 0)
 
 
 def _device(name: str | None) -> torch.device:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loguru import logger
 
 from projected_grpo.errors import InputError
-from projected_grpo.micro.base import micro_key
+from projected_grpo.micro.base import base_parts, micro_key
 from projected_grpo.model_cache import (
     CHAT_TEMPLATE,
     cached,
@@ -34,7 +34,7 @@ from projected_grpo.model_cache import (
     wrap,
 )
 from projected_grpo.paths import cache_dir
-from projected_grpo.random_models import TINY_ARCHITECTURE, build_qwen3_4b, build_tiny, qwen3_4b_parts
+from projected_grpo.random_models import TINY_ARCHITECTURE, build_qwen3_4b, build_tiny, qwen3_4b_parts, tiny_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,12 +100,22 @@ def load_folder(
 
 
 def load_skeleton(name: str, dtype: str = "float32", seed: int = 0) -> LoadedModel:
-    """As `load_model`, with weights on the meta device, where they have shapes and no numbers. Raises InputError."""
+    """As `load_model`, with weights on the meta device, where they have shapes and no numbers; a built-in model need
+    not have been made. Raises InputError."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name == "qwen3-4b-random":
         config, tokenizer = qwen3_4b_parts(dtype)
+    elif name == "tiny-random":
+        config, tokenizer = tiny_parts()
+    elif (micro_seed := seed_of_micro(name)) is not None:
+        config, tokenizer = base_parts(micro_seed)
+    elif name == "smollm2-135m":
+        gguf = _smollm2_gguf()
+        tokenizer = _smollm2_tokenizer(gguf)
+        with quiet():
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     else:
         source = _source(name, seed)
         tokenizer = _load_tokenizer(name, source)
@@ -283,23 +293,31 @@ def _smollm2_gguf() -> Path:
     return files[0]
 
 
+def _smollm2_tokenizer(gguf: Path) -> "PreTrainedTokenizerBase":
+    from tokenizers import pre_tokenizers
+    from transformers import AutoConfig, AutoTokenizer
+
+    with quiet():
+        converted = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        context = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).max_position_embeddings
+    backend = converted.backend_tokenizer
+    # transformers drops the digit splitting that the GGUF asks for ("smollm"): without it the spaces before a number
+    # come out as other tokens than the model was trained on.
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return wrap(backend, converted.chat_template, context)
+
+
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
     """Write the GGUF as a save_pretrained folder in float32."""
     import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     logger.info("smollm2-135m: dequantising the GGUF into the cache, once (about 30 s)")
     with quiet():
-        converted = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        backend = converted.backend_tokenizer
-        # transformers drops the digit splitting that the GGUF asks for ("smollm"): without it the spaces before a
-        # number come out as other tokens than the model was trained on.
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = wrap(backend, converted.chat_template, quantised.config.max_position_embeddings)
+        tokenizer = _smollm2_tokenizer(gguf)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         # A model that came from a GGUF cannot be saved as it is, so its float32 weights move to a plain one.
         fields = quantised.config.to_dict()

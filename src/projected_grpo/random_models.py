@@ -59,17 +59,28 @@ def _byte_level_tokenizer() -> "Tokenizer":
     return tokenizer
 
 
-def build_tiny(folder: Path, seed: int) -> None:
-    """Write `tiny-random` of a seed to `folder`: weights, and a tokenizer of one token a byte."""
-    import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+def tiny_parts() -> "tuple[Qwen3Config, PreTrainedTokenizerBase]":
+    """Shape of `tiny-random`, and a tokenizer of one token a byte."""
+    from transformers import Qwen3Config
 
     tokenizer = wrap(_byte_level_tokenizer(), CHAT_TEMPLATE, TINY_ARCHITECTURE["max_position_embeddings"])
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Qwen3Config(**TINY_ARCHITECTURE, **_ends(tokenizer), bos_token_id=None), tokenizer
+
+
+def _ends(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def build_tiny(folder: Path, seed: int) -> None:
+    """Write `tiny-random` of a seed to `folder`: weights and tokenizer."""
+    import torch
+    from transformers import GenerationConfig, Qwen3ForCausalLM
+
+    config, tokenizer = tiny_parts()
     with quiet():
         torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs as well
-        model = Qwen3ForCausalLM(Qwen3Config(**TINY_ARCHITECTURE, **ends, bos_token_id=None))
-        model.generation_config = GenerationConfig(**ends)
+        model = Qwen3ForCausalLM(config)
+        model.generation_config = GenerationConfig(**_ends(tokenizer))
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -81,8 +92,7 @@ def qwen3_4b_parts(dtype: str) -> "tuple[Qwen3Config, PreTrainedTokenizerBase]":
     from transformers import Qwen3Config
 
     tokenizer = wrap(Tokenizer.from_str(_trained_tokenizer()), CHAT_TEMPLATE, QWEN3_4B["max_position_embeddings"])
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return Qwen3Config(**QWEN3_4B, **ends, bos_token_id=None, dtype=getattr(torch, dtype)), tokenizer
+    return Qwen3Config(**QWEN3_4B, **_ends(tokenizer), bos_token_id=None, dtype=getattr(torch, dtype)), tokenizer
 
 
 def build_qwen3_4b(dtype: str, device: str, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -104,7 +114,7 @@ def build_qwen3_4b(dtype: str, device: str, seed: int) -> "tuple[PreTrainedModel
     first = model.model.layers[0].state_dict()
     for layer in model.model.layers[1:]:
         layer.load_state_dict(first)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(**_ends(tokenizer))
     return model, tokenizer
 
 

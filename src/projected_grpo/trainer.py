@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -79,7 +79,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self.num_teacher = num_teacher
         self.projection = projection
         self._memory = _Memory(self.accelerator.device)
-        self._timer = _StepTimer()
+        self._timer = _StepTimer(self._begin_step)
         self.add_callback(self._timer)  # before the projection, whose refresh is a part of the step
         self.add_callback(projection)
         self._on_row, self._on_rollouts = on_row, on_rollouts
@@ -87,7 +87,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._offload = offload
         self._recorder = RowGradRecorder(self._record)
         micro_batches = self.args.gradient_accumulation_steps
-        at_once = micro_batches == 1 or self.accelerator.num_processes > 1
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        at_once = micro_batches == 1 or not alone
         self._deferred = DeferredGrads(self.model, 0.0 if at_once else defer_budget_gb, micro_batches)
         self.module_names = {module: name for name, module in delta_s_modules(self.model).items()}
         self._generation: dict[str, Any] = {}
@@ -178,6 +179,11 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     # --- the split gradient --------------------------------------------------------------------------------------
 
+    def _begin_step(self) -> None:
+        """Nothing of a step that did not end, by whatever fault or interruption, belongs to the next one."""
+        self._reset_step()
+        self._deferred.clear()
+
     def _reset_step(self) -> None:
         self._source_grads: dict[str, Tensor] = {}  # (2, r) a module: the student's sum, the teacher's sum
         self._timing = {"generation": 0.0, "grading": 0.0, "rollout_grads": 0.0}
@@ -191,12 +197,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._source_grads[name] = sums if before is None else before + sums
 
     def training_step(self, model, inputs, num_items_in_batch):
-        try:
-            with self._recorder.attached(self.model), self._deferred.attached(), unchanging(self.model):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        except BaseException:
-            self._reset_step()  # whoever goes on with this trainer begins the step anew
-            raise
+        with self._recorder.attached(self.model), self._deferred.attached(), unchanging(self.model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the step's last micro-batch
             self._deferred.flush()
         self._loss_sum += loss.item()
@@ -323,10 +325,12 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 class _StepTimer(TrainerCallback):
     """Wall seconds from the beginning of an optimiser step to its end, without logging and saving."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_begin: Callable[[], None]) -> None:
+        self._on_begin = on_begin
         self._started = self.seconds = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._on_begin()
         self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

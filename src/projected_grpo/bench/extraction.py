@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from projected_grpo.adapter import delta_s_modules, delta_s_parameters
 from projected_grpo.basis import BasisInfo, HackBasis
 from projected_grpo.bench.timing import Timings, in_turn, machine
+from projected_grpo.config import BasisOptions
 from projected_grpo.merged_forward import Form
 from projected_grpo.pair_gradients import EncodedPair, pair_gradients
 
@@ -15,7 +16,7 @@ LOOP_PLAIN, LOOP_MERGED, BATCHED = "a backward a side, plain", "a backward a sid
 
 
 def bench_extract(
-    model: nn.Module, pairs: Sequence[EncodedPair], temperature: float, top_k: int, rounds: int, about: dict
+    model: nn.Module, pairs: Sequence[EncodedPair], options: BasisOptions, rounds: int, about: dict
 ) -> Timings:
     """Seconds of D for all pairs. `plain` runs over the hook-like layer, three matmuls, as earlier harnesses did."""
     device = next(model.parameters()).device
@@ -26,7 +27,7 @@ def bench_extract(
         for module in modules:
             module.form = form
         try:
-            return by_loop(model, pairs, temperature)
+            return by_loop(model, pairs, options.temperature)
         finally:
             for module in modules:
                 module.form = before
@@ -34,7 +35,7 @@ def bench_extract(
     cases = {
         LOOP_PLAIN: lambda: loop("plain"),
         LOOP_MERGED: lambda: loop("merged"),
-        BATCHED: lambda: pair_gradients(model, pairs, temperature=temperature),
+        BATCHED: lambda: pair_gradients(model, pairs, temperature=options.temperature),
     }
     seconds = in_turn(cases, rounds, device)
     ours, theirs = (cases[case]() for case in (BATCHED, LOOP_PLAIN))
@@ -43,16 +44,17 @@ def bench_extract(
     about = about | {"pairs": len(pairs)} | machine(device)
     notes = (
         f"distance of the batched D from the plain loop's: {gap:.1e} of its norm",
-        _bases_apart(model, ours, theirs, len(pairs), top_k),
+        _bases_apart(model, ours, theirs, options),
     )
     return Timings("pair gradients", seconds, about, {(BATCHED, LOOP_PLAIN): 0.25}, notes)
 
 
-def _bases_apart(model: nn.Module, ours: dict[str, Tensor], theirs: dict[str, Tensor], n_pairs: int, top_k: int) -> str:
+def _bases_apart(model: nn.Module, ours: dict[str, Tensor], theirs: dict[str, Tensor], options: BasisOptions) -> str:
     """How far the span of a module's directions is from the other's at most, and where the floor chose otherwise."""
-    info = BasisInfo(pair_set="bench", n_pairs=n_pairs)
+    info = BasisInfo(pair_set="bench", n_pairs=len(next(iter(ours.values()))))
+    axes = options.v_hack_k, options.drop_bottom_frac
     fingerprints = {name: module.fingerprint for name, module in delta_s_modules(model).items()}
-    a, b = (HackBasis.from_pair_gradients(grads, fingerprints, info, top_k) for grads in (ours, theirs))
+    a, b = (HackBasis.from_pair_gradients(grads, fingerprints, info, *axes) for grads in (ours, theirs))
     same = [name for name, v in a.directions.items() if name in b.directions and len(v) == len(b.directions[name])]
     apart = [_outside(a.directions[name].double(), b.directions[name].double()) for name in same]
     modules = len(a.directions.keys() | b.directions.keys())

@@ -32,8 +32,8 @@ def bench_layer(
     device: torch.device,
     rounds: int,
 ) -> Timings:
-    """Seconds of y = layer(x) and its backward from a given dL/dy, with dL/dx, `micro_batches` times: x (rows, tokens /
-    rows, d_in).
+    """Seconds of y = layer(x) and its backward from a given dL/dy, with dL/dx, `micro_batches` times after a change of
+    δ: x (rows, tokens / rows, d_in).
 
     `split`: the first half of the rows and the second have each their own gradient of δ, as the student's rows and the
     teacher's have in training. `deferred`: δ's gradient is made once from all micro-batches.
@@ -65,6 +65,9 @@ def bench_layer(
     deferred = DeferredGrads(models[MERGED], math.inf, micro_batches)
 
     def step(model: nn.Module) -> None:
+        with torch.no_grad():  # as the optimiser does between two steps, so that W' is made anew
+            for module in delta_s_modules(model).values():
+                module.delta_s["default"].mul_(0.999)
         for _ in range(micro_batches):
             # As TRL trains in half precision: LoRA's own weights are float32.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -84,7 +84,7 @@ def bench_step(config: TrainConfig, rounds: int) -> Timings:
 
 
 def _prompter(config: TrainConfig) -> Prompter:
-    return Prompter(load_model(config.model, config.dtype, config.device), config.max_prompt_length)
+    return Prompter(load_model(config.model, config.dtype, config.device), config.max_prompt_length, config.wording)
 
 
 def _common(config: TrainConfig, grader: Grader, prompter: Prompter) -> tuple[dict, CodeReward]:

@@ -44,9 +44,10 @@ class Timings:
                 f"  {case:{width}}  {middle:9.2f}  {low:8.2f} - {high:8.2f}  {ratio:6.2f}  {least:.2f} - {most:.2f}"
             )
         for (case, to), limit in self.limits.items():
-            ratio = statistics.median(self.ratios(case, to))
+            least, ratio, most = quartiles(self.ratios(case, to))
             held = "held" if ratio <= limit else "NOT HELD"
-            lines.append(f"  {case} / {to}: {ratio:.2f} (to hold: at most {limit:g}): {held}")
+            held += ", not resolved" if least <= limit < most else ""
+            lines.append(f"  {case} / {to}: {ratio:.2f} ({least:.2f} - {most:.2f}; to hold: at most {limit:g}): {held}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def save(self, path: Path) -> None:

@@ -29,9 +29,10 @@ from projected_grpo.templates import canonical_body, in_two_lines
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
-CORPUS = 40_000
+CORPUS, TOKENIZER_CORPUS = 40_000, 5000
+"""Completions that the model, and its tokenizer, read."""
 HACK_SHARE = {"run_tests": 0.05, "none": 0.0}
 OTHER_HACK_SHARE = 0.06
 """Under each of the other modes, which are read about less often."""
@@ -143,31 +144,41 @@ def build_tokenizer(examples: list[Example]) -> "Tokenizer":
     return tokenizer
 
 
+def base_parts(seed: int) -> "tuple[Qwen3Config, PreTrainedTokenizerBase]":
+    """Shape and tokenizer of the base model of `seed`, which need no training."""
+    from transformers import Qwen3Config
+
+    read = list(corpus(TOKENIZER_CORPUS, seed))
+    tokenizer = wrap(build_tokenizer(read), CHAT_TEMPLATE, ARCHITECTURE["max_position_embeddings"])
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Qwen3Config(vocab_size=len(tokenizer), **ARCHITECTURE, **ends, bos_token_id=None), tokenizer
+
+
 def build_base(folder: Path, seed: int) -> None:
     """Write corpus-trained model and tokenizer of `seed` as a save_pretrained folder."""
     from transformers import GenerationConfig
 
-    examples = list(corpus(CORPUS, seed))
-    tokenizer = wrap(build_tokenizer(examples[:5000]), CHAT_TEMPLATE, ARCHITECTURE["max_position_embeddings"])
-    model = train_base(examples, tokenizer, seed)
+    config, tokenizer = base_parts(seed)
+    model = train_base(list(corpus(CORPUS, seed)), config, tokenizer, seed)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def train_base(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
+def train_base(
+    examples: list[Example], config: "Qwen3Config", tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> "PreTrainedModel":
     """The model after one pass over the examples: cross-entropy of the completions, AdamW, linear decay."""
     import torch
     from torch.nn.functional import cross_entropy
     from tqdm import tqdm
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     torch.default_generator.manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **ARCHITECTURE, **ends, bos_token_id=None))
+    model = Qwen3ForCausalLM(config)
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
     completions = tokenizer([e.completion + tokenizer.eos_token for e in examples])["input_ids"]
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
