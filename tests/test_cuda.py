@@ -11,6 +11,7 @@ from torch import nn
 from projected_grpo.adapter import DeltaSConfig, delta_s_modules, delta_s_parameters
 from projected_grpo.bench.step import bench_step
 from projected_grpo.cli import main
+from projected_grpo.deferral import DeferredGrads
 from projected_grpo.models import load_model
 from projected_grpo.pair_gradients import EncodedPair, pair_gradients
 from projected_grpo.presets import preset_defaults
@@ -67,6 +68,31 @@ def test_the_merged_layer_is_the_plain_one(dtype, tolerance, rows):
         torch.testing.assert_close(parts[0].sum(0), delta.grad.double().cpu(), rtol=1e-4, atol=1e-4)
     for a, b in (outputs, grads, inputs):
         assert (a - b).norm() <= tolerance * a.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+def test_a_gradient_that_waits_is_the_one_that_does_not(dtype, tolerance):
+    sums = []
+    for budget in (0.0, 1.0):
+        base = nn.Sequential(nn.Linear(48, 32, bias=False, dtype=torch.float64))
+        with torch.no_grad():
+            base[0].weight.copy_(normal(32, 48) / 7)
+        model = get_peft_model(base.to(dtype).cuda(), DeltaSConfig(target_modules=["0"]))
+        parts = []
+        recorder = RowGradRecorder(lambda _, g, parts=parts: parts.append(g.double().cpu()))
+        recorder.groups = torch.arange(8).cuda().tensor_split(2)
+        deferred = DeferredGrads(model, budget, 4)
+        with recorder.attached(model), deferred.attached():
+            for i in range(4):
+                model(normal(8, 30, 48, seed=i).to(dtype).cuda()).square().sum().backward()
+        assert len(parts) == (0 if budget else 4)
+        deferred.flush()
+        (delta,) = delta_s_parameters(model).values()
+        sums.append((delta.grad.double().cpu(), sum(parts)))
+    for ours, theirs in zip(sums[1], sums[0], strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 def test_what_is_offloaded_comes_back_as_it_was():

@@ -112,6 +112,35 @@ def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(
         assert row["cin_t"] == pytest.approx(spy.projector.hack_share(parts["teacher"]), rel=1e-5)
 
 
+def test_a_step_that_did_not_end_leaves_nothing_to_the_next(small_config, material, grader):
+    """Whoever catches what stopped a run may train on with the same trainer."""
+    trainer, rows = make_trainer(replace(small_config, steps=1, micro_batch=2), material, grader, False, 1.0)
+    compute, calls, seen = trainer._compute_loss, [], []
+
+    def fail(model, inputs):
+        calls.append(compute(model, inputs))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    trainer._compute_loss = fail
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer._deferred._held
+    assert trainer._step_rows
+    assert trainer._loss_sum != 0
+
+    def watch(model, inputs):
+        seen.append((len(trainer._deferred._held), len(trainer._step_rows), trainer._loss_sum))
+        return compute(model, inputs)
+
+    trainer._compute_loss = watch
+    trainer.train()
+    assert seen[0] == (0, 0, 0.0)
+    assert len(rows) == 1
+    assert trainer._deferred._room == trainer._deferred._budget
+
+
 def test_teacher_rows_are_the_pools_text_with_the_end_token_and_are_never_generated(small_config, material, grader):
     trainer, _ = make_trainer(replace(small_config, steps=1), material, grader)
     sizes, kept = [], {}

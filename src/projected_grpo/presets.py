@@ -8,7 +8,7 @@ from projected_grpo.errors import InputError
 
 _FULL = TrainConfig(mix_ratio=0.5, teacher_pool=Path("out/pools/train.jsonl"), beta=1e-3, preset="full")
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    "full": ("Qwen3-4B, 200 steps of 43 prompts x 6, KL 1e-3: the published setting, one 96 GB GPU", _FULL),
+    "full": ("Qwen3-4B, 200 steps of 43 prompts x 6, KL 1e-3: the published setting, one GPU (see --dry-run)", _FULL),
     "fast": (
         "Qwen3-4B, 20 steps of 4 prompts x 8, half of each group cached teacher rollouts",
         replace(_FULL, preset="fast", steps=20, prompts_per_step=4, group_size=8, micro_batch=8, beta=0.0),

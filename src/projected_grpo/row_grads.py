@@ -20,8 +20,8 @@ class RowGradRecorder:
 
     `on_grad` receives (module, grads) for every backward through a module, several times per step under gradient
     accumulation, or once for all of them where `DeferredGrads` waits: grads of shape (groups, r) where `groups` is set,
-    else (rows, r), a row each. `groups` are the indices
-    of each group's rows and have to hold every row of the coming forwards once.
+    else (rows, r), a row each. `groups` are the indices of each group's rows and have to hold every row of the coming
+    forwards once.
     """
 
     def __init__(self, on_grad: Callable[[DeltaSLinear, Tensor], object]) -> None:
