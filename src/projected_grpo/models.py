@@ -38,7 +38,7 @@ from projected_grpo.random_models import TINY_ARCHITECTURE, build_qwen3_4b, buil
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PromptStyle = Literal["chat", "prefill", "bare"]
 BUILT_IN = ("tiny-random", "micro", "smollm2-135m", "qwen3-4b-random")
@@ -112,10 +112,7 @@ def load_skeleton(name: str, dtype: str = "float32", seed: int = 0) -> LoadedMod
     elif (micro_seed := seed_of_micro(name)) is not None:
         config, tokenizer = base_parts(micro_seed)
     elif name == "smollm2-135m":
-        gguf = _smollm2_gguf()
-        tokenizer = _smollm2_tokenizer(gguf)
-        with quiet():
-            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config, tokenizer = _smollm2_parts(_smollm2_gguf())
     else:
         source = _source(name, seed)
         tokenizer = _load_tokenizer(name, source)
@@ -293,20 +290,20 @@ def _smollm2_gguf() -> Path:
     return files[0]
 
 
-def _smollm2_tokenizer(gguf: Path) -> "PreTrainedTokenizerBase":
+def _smollm2_parts(gguf: Path) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase]":
     from tokenizers import pre_tokenizers
     from transformers import AutoConfig, AutoTokenizer
 
     with quiet():
         converted = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        context = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).max_position_embeddings
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend = converted.backend_tokenizer
     # transformers drops the digit splitting that the GGUF asks for ("smollm"): without it the spaces before a number
     # come out as other tokens than the model was trained on.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    return wrap(backend, converted.chat_template, context)
+    return config, wrap(backend, converted.chat_template, config.max_position_embeddings)
 
 
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
@@ -317,7 +314,7 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     logger.info("smollm2-135m: dequantising the GGUF into the cache, once (about 30 s)")
     with quiet():
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = _smollm2_tokenizer(gguf)
+        _, tokenizer = _smollm2_parts(gguf)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         # A model that came from a GGUF cannot be saved as it is, so its float32 weights move to a plain one.
         fields = quantised.config.to_dict()
