@@ -1,6 +1,7 @@
 """METHOD 4, 5 and 7 through `ProjectionCallback`, step by step in a plain torch loop: whatever trainer calls it, this
 is the order of events. The stock TRL trainer is in test_readme_example.py."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.projection import ProjectionCallback, joint_norm
 
 GATES = ("one_sided", "no_gate", "reverse")
-TARGETS = ("grad", "update", "both")
+TARGETS = ("grad", "update", "both", "displacement")
 SHAPES = ((9, 7), (7, 11), (11, 6))
 
 
@@ -69,7 +70,7 @@ class Loop:
             self.callback.on_pre_optimizer_step(None, self.state, None, model=self.model)
         self.optimizer.step()
         if self.callback is not None:
-            self.callback.on_optimizer_step(None, self.state, None, model=self.model)
+            self.callback.on_optimizer_step(None, self.state, None, model=self.model, optimizer=self.optimizer)
         self.n_steps += 1
         return {name: after - before[name] for name, after in self.delta().items()}
 
@@ -194,7 +195,7 @@ def test_gradients_that_never_reach_delta_s_are_no_silent_vanilla_run():
         Loop(model, ProjectionCallback(random_rows(model, k=3)))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["grad", "update", "both"])
 def test_preserve_magnitude_restores_the_joint_norm_of_what_is_projected(target):
     models = build(), build()
     basis = random_rows(models[0], k=3, names=["0", "1"])
@@ -311,6 +312,107 @@ def test_one_sided_gates_drift_on_pure_noise_under_adamw_and_no_gate_on_the_upda
     for run, spread in ((grad, 1.0), (update, (0.1 / 1.9) ** 0.5)):
         for n in (200, 400):
             assert run[n - 1].mean().item() == pytest.approx(3e-3 * n * spread / (2 * math.pi) ** 0.5, rel=0.15)
+
+
+# --- δ held in the half-spaces of the basis ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["one_sided", "no_gate"])
+@pytest.mark.parametrize("rate", [0.0, 2e-3])
+def test_displacement_is_put_back_to_the_nearest_point_on_or_above_its_floor(gate, rate):
+    model, plain = build(), build()
+    basis = random_rows(model, k=3, names=["0", "2"])
+    loop = Loop(model, ProjectionCallback(basis, gate, project_target="displacement", hold_rate=rate))
+    free, source = Loop(plain, None), noise(model, 5)
+    touched = 0
+    for n in range(1, 30):
+        for delta, ours in zip(free.deltas.values(), loop.deltas.values(), strict=True):
+            delta.data.copy_(ours.data)  # both begin where ours stands, with the same moments
+        grads = next(source)
+        free.step(grads)
+        loop.step(grads)
+        for name, g in grads.items():
+            assert torch.equal(loop.grads()[name], g)  # Adam sees the gradient as it is
+            after, expected = loop.deltas[name].detach(), free.deltas[name].detach()
+            if name in basis.directions:
+                v = basis.directions[name]
+                short = rate * n - v @ expected
+                expected = expected + (short if gate == "no_gate" else short.clamp(min=0)) @ v
+                touched += (expected != free.deltas[name]).any().item()
+                assert (v @ after - rate * n).min() > -1e-14
+            assert torch.allclose(after, expected, rtol=0, atol=1e-14)
+    assert touched > 10
+
+
+def test_a_held_displacement_wanders_where_the_one_sided_update_drifts():
+    # A random walk kept above 0 grows with the square root of the steps, a drift with their number.
+    update = drift_on_pure_noise(project_target="update")
+    held = drift_on_pure_noise(project_target="displacement")
+    assert (held > -1e-6).all()
+    assert held[-1].mean() < update[-1].mean() / 2
+    pinned = drift_on_pure_noise("no_gate", project_target="displacement", hold_rate=1e-3)
+    floors = 1e-3 * torch.arange(1, 401)
+    assert (pinned - floors[:, None]).abs().max() < 1e-5
+
+
+# --- the update, projected in the optimiser's metric -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["one_sided", "no_gate"])
+def test_the_update_in_adams_metric_is_the_nearest_one_by_trying_every_set_of_axes(gate):
+    model, plain = build(), build()
+    basis = random_rows(model, k=3)
+    callback = ProjectionCallback(basis, gate, project_target="update", update_metric="adam")
+    loop, free, source = Loop(model, callback), Loop(plain, None), noise(model, 6)
+    for _ in range(4):
+        for delta, ours in zip(free.deltas.values(), loop.deltas.values(), strict=True):
+            delta.data.copy_(ours.data)
+        grads = next(source)
+        u, plain_u = loop.step(grads), free.step(grads)
+    assert callback.metrics["cup_out"] < 1e-12 < callback.metrics["cup_in"]
+    for name, v in basis.directions.items():
+        root = loop.optimizer.state[loop.deltas[name]]["exp_avg_sq"].sqrt()
+        weights = root / root.square().mean().sqrt() + 1e-3
+        nearest, least = None, math.inf
+        for axes in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in range(4)):
+            if gate == "no_gate" and len(axes) < 3:
+                continue
+            rows = v[list(axes)]
+            pull = rows / weights
+            x = plain_u[name] - pull.T @ torch.linalg.solve(pull @ rows.T, rows @ plain_u[name])
+            distance = (weights * (x - plain_u[name]) ** 2).sum().item()
+            if (v @ x).min() > -1e-14 and distance < least:
+                nearest, least = x, distance
+        assert torch.allclose(u[name], nearest, rtol=0, atol=1e-12)
+    assert sum(not torch.allclose(u[name], plain_u[name]) for name in basis.directions) > 1
+
+
+def test_equal_second_moments_make_adams_metric_the_euclidean_one():
+    ours, theirs = build(), build()
+    basis = random_rows(ours, k=3)
+    loops = [
+        Loop(m, ProjectionCallback(basis, "no_gate", project_target="update", update_metric=metric))
+        for m, metric in ((ours, "adam"), (theirs, "euclidean"))
+    ]
+    grads = {name: g.sign() for name, g in next(noise(ours, 7)).items()}
+    a, b = (loop.step(grads) for loop in loops)
+    assert all(torch.allclose(a[name], b[name], rtol=0, atol=1e-14) for name in grads)
+
+
+# --- the student's rows alone -----------------------------------------------------------------------------------------
+
+
+def test_the_students_part_alone_is_projected():
+    model = build()
+    basis = random_rows(model, k=3)
+    callback = ProjectionCallback(basis, project_rows="student")
+    loop, source = Loop(model, callback), noise(model, 9)
+    student, teacher = next(source), next(source)
+    callback.student_grads = lambda: student
+    loop.step({name: g + teacher[name] for name, g in student.items()})
+    for name, v in basis.directions.items():
+        expected = teacher[name] + student[name] - hackward_amounts(v, student[name], "one_sided") @ v
+        assert torch.allclose(loop.grads()[name], expected, rtol=0, atol=1e-12)
 
 
 # --- what is measured must not be touched -----------------------------------------------------------------------------
@@ -440,7 +542,7 @@ def test_without_refresh_every_the_basis_stays():
     ("options", "names"),
     [
         ({"gate": "two_sided"}, ("two_sided", "one_sided, no_gate, reverse")),
-        ({"project_target": "grads"}, ("grads", "grad, update, both")),
+        ({"project_target": "grads"}, ("grads", "grad, update, both, displacement")),
         ({"refresh_every": 2}, ("refresh_every=2", "refresh function")),
         ({"refresh_every": -1, "refresh": lambda: None}, ("refresh_every=-1", "positive")),
     ],

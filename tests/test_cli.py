@@ -47,6 +47,13 @@ def refused(capsys, args, *words):
         (["train", "smoke", "--learning-rate", "0"], ["--learning-rate 0.0 must be positive"]),
         (["train", "smoke", "--top-p", "0"], ["--top-p 0.0"]),
         (["train", "smoke", "--seed", "-1"], ["--seed -1"]),
+        (["train", "smoke", "--hold-rate", "1"], ["--hold-rate 1.0 needs --project-target displacement"]),
+        (["train", "smoke", "--project-target", "displacement", "--gate", "reverse"], ["displacement", "reverse"]),
+        (["train", "smoke", "--update-metric", "adam"], ["--update-metric adam needs --project-target update"]),
+        (
+            ["train", "smoke", "--project-rows", "student", "--project-target", "both"],
+            ["--project-rows student needs --project-target grad"],
+        ),
         (["extract", "smoke", "--device", "bogus", "--out", "out/none/x"], ["--device 'bogus'", "use cpu"]),
         (["eval", "smoke", "--adapter", "nowhere"], ["nowhere", "adapter_config.json"]),
         (["eval", "smoke", "--top-p", "0"], ["--top-p 0.0"]),

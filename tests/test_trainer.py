@@ -64,12 +64,13 @@ class SpyOnGradients(ProjectionCallback):
 
     def __init__(self, inner, trainer):
         super().__init__(inner.basis, measure_only=True)
-        self.trainer, self.seen = trainer, []
+        self.trainer, self.seen, self.students_alone = trainer, [], inner.student_grads
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         whole = {name: p.grad.clone() for name, p in delta_s_parameters(model).items()}
         sums = self.trainer._source_grads
         parts = {source: {name: rows[i] for name, rows in sums.items()} for i, source in enumerate(SOURCES)}
+        parts["student, clipped"] = self.students_alone()
         self.seen.append((whole, parts, self.trainer._grad_norm))
         super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
 
@@ -107,6 +108,7 @@ def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(
         for name, grad in whole.items():
             total = parts["student"][name] + parts["teacher"][name]
             assert (total * clip - grad).norm() <= tolerance * scale * clip + (0 if double else 1e-12)
+            assert torch.equal(parts["student, clipped"][name], parts["student"][name] * clip)
         assert row["grad_norm_s"] == pytest.approx(joint_norm(parts["student"]) * clip, rel=1e-5)
         assert row["grad_norm_t"] == pytest.approx(joint_norm(parts["teacher"]) * clip, rel=1e-5)
         assert row["cin_t"] == pytest.approx(spy.projector.hack_share(parts["teacher"]), rel=1e-5)

@@ -17,7 +17,9 @@ ArmName = Literal[
     "vanilla", "projected", "random", "random_matched", "placebo_style", "placebo_wrong", "flipped", "oracle"
 ]
 Gate = Literal["one_sided", "no_gate", "reverse"]
-ProjectTarget = Literal["grad", "update", "both"]
+ProjectTarget = Literal["grad", "update", "both", "displacement"]
+UpdateMetric = Literal["euclidean", "adam"]
+ProjectRows = Literal["all", "student"]
 TokenReduction = Literal["sum", "mean"]
 ControlName = Literal["none", "random", "placebo_style", "placebo_wrong", "flipped"]
 ModeName = Literal["run_tests", "sentinel", "stdout_marker", "file_marker", "exit_code", "eq_override", "none"]
@@ -144,7 +146,13 @@ class TrainConfig(BasisOptions):
     preserve_magnitude: bool = False
     """Restore the norm over all projected modules after the projection."""
     project_target: ProjectTarget = "grad"
-    """Project the gradient (as published), the optimiser's update, or both."""
+    """Project the gradient (as published), the optimiser's update, or both; or hold V δ at or above a floor."""
+    hold_rate: float = 0.0
+    """Target `displacement`: how many learning rates the floor under V δ rises by at each optimiser step."""
+    update_metric: UpdateMetric = "euclidean"
+    """Target `update`: the nearest update in this metric; `adam` weighs coordinates by AdamW's second moment."""
+    project_rows: ProjectRows = "all"
+    """Target `grad`: take the hack-ward part out of all rows' gradient, or of the student's rows' alone."""
     vhack_refresh_every: int = 0
     """Optimiser steps between two extractions on the current policy; 0 keeps the first basis."""
 
@@ -222,6 +230,24 @@ class TrainConfig(BasisOptions):
             "max_grad_norm",
         ):
             at_least(self, name, 0)
+        target = self.project_target
+        held = target == "displacement"
+        _require(held or not self.hold_rate, f"--hold-rate {self.hold_rate} needs --project-target displacement")
+        _require(
+            not held or (self.gate != "reverse" and self.arm != "random_matched" and not self.preserve_magnitude),
+            "--project-target displacement goes with neither --gate reverse, arm random_matched nor "
+            "--preserve-magnitude: it takes nothing out of a step",
+        )
+        _require(
+            self.update_metric == "euclidean"
+            or (target == "update" and self.gate != "reverse" and not self.preserve_magnitude),
+            f"--update-metric {self.update_metric} needs --project-target update, and goes with neither --gate reverse "
+            "nor --preserve-magnitude",
+        )
+        _require(
+            self.project_rows == "all" or (target == "grad" and not self.preserve_magnitude),
+            f"--project-rows {self.project_rows} needs --project-target grad, without --preserve-magnitude",
+        )
         for name in ("overshoot", "learning_rate", "grader_cpu_seconds"):
             _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")
         at_least(self, "max_completion_length", 1)

@@ -4,6 +4,7 @@ Once per optimiser step, after accumulation and clipping, right before the optim
     one_sided  g ← g - f relu(c) V      no_gate  g ← g - f c V      reverse  g ← g - 2 f relu(c) V
 with the overshoot f = 1 unless set. With `project_target="update"` the same gate acts on -u of the optimiser's own
 step u = δ_after - δ_before, because AdamW rescales every coordinate and a clean gradient does not give a clean step.
+With `displacement` nothing is taken out of a step: after it δ is put back to where V δ is at least a floor.
 
 At an untouched start the adapter is the identity and so is the callback on a zero gradient. Left out on purpose: any
 knowledge of rewards, problems or the trainer's rollouts; a stock TRL or Transformers trainer is enough.
@@ -18,12 +19,13 @@ from typing import get_args
 
 import torch
 from jaxtyping import Float, Float64, Int64
+from scipy.optimize import nnls
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from projected_grpo.adapter import delta_s_parameters
 from projected_grpo.basis import HackBasis
-from projected_grpo.config import Gate, ProjectTarget
+from projected_grpo.config import Gate, ProjectRows, ProjectTarget, UpdateMetric
 from projected_grpo.errors import InputError
 
 BASIS_FILE = "basis.safetensors"  # in every checkpoint
@@ -32,12 +34,14 @@ Grads = Mapping[str, Float[Tensor, "*n r"]]
 
 def hackward_part(grad: Float[Tensor, "*m r"], v: Float[Tensor, "*m k r"], gate: Gate) -> Float[Tensor, "*m r"]:
     """What `gate` takes out of `grad` at overshoot 1; of one vector, or of stacks (m, n, r) with v (m, k, r)."""
-    c = grad @ v.mT
-    if gate == "one_sided":
-        return c.relu() @ v
-    if gate == "reverse":
-        return 2 * c.relu() @ v
-    return c @ v
+    return _gated(grad @ v.mT, gate) @ v
+
+
+def _gated(c: Tensor, gate: Gate) -> Tensor:
+    """What `gate` takes of coordinates c = V g."""
+    if gate == "no_gate":
+        return c
+    return c.relu() * (2 if gate == "reverse" else 1)
 
 
 def project(grad: Float[Tensor, "*m r"], v: Float[Tensor, "*m k r"], gate: Gate, overshoot: float = 1.0) -> Tensor:
@@ -105,6 +109,33 @@ class Projector:
             if norm > 1e-5 * before:
                 after = {name: g * (before / norm) for name, g in after.items()}
         return after
+
+    def project_in_metric(self, descent: Grads, inverse_metric: Grads, overshoot: float = 1.0) -> dict[str, Tensor]:
+        """The nearest d' to `descent` that the gate lets pass, near being (d' - d)ᵀ P⁻¹ (d' - d) with the diagonal P of
+        `inverse_metric`: d' = d - f P Vᵀ λ, with V d' = 0 for `no_gate`, and one-sided with λ >= 0 and V d' <= 0."""
+        after = {}
+        for name, v in self.basis.directions.items():
+            d, p = descent[name].double(), inverse_metric[name].double()
+            v = v.to(d)
+            c, m = v @ d, (v * p) @ v.T
+            if self.gate == "no_gate":
+                amounts = torch.linalg.solve(m, c)
+            else:  # min ½ λᵀ M λ - cᵀ λ over λ >= 0, as least squares by M = L Lᵀ
+                lower = torch.linalg.cholesky(m)
+                target = torch.linalg.solve_triangular(lower, c[:, None], upper=False)[:, 0]
+                solution, _ = nnls(lower.T.cpu().numpy(), target.cpu().numpy())
+                amounts = torch.from_numpy(solution).to(d)
+            after[name] = (d - overshoot * p * (amounts @ v)).to(descent[name])
+        return after
+
+    def hold(self, deltas: Grads, floor: float, overshoot: float = 1.0) -> dict[str, Tensor]:
+        """The nearest δ with V δ >= `floor` along every axis; for `no_gate` with V δ = `floor`."""
+        held: dict[str, Tensor] = {}
+        for stack in self.stacks(deltas):
+            delta = stack.gather(deltas)
+            back = _gated(floor - delta @ stack.v.mT, self.gate) @ stack.v
+            held |= stack.scatter(delta + overshoot * back, deltas)
+        return held
 
     def hack_shares(self, grads: Grads) -> Float64[Tensor, " n"]:
         """`hack_share` of each of n gradients; NaN where one is 0."""
@@ -184,6 +215,18 @@ def _means(rows: list[dict]) -> dict[str, float]:
     return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
 
 
+def adam_inverse_metric(deltas: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """P of AdamW's step -lr P m: 1 / √v̂ a coordinate, in units of its module's own root mean square of √v̂ (a factor
+    for each module changes no projection); a thousandth of that is added, so that no coordinate without a gradient
+    takes everything."""
+    metric = {}
+    for name, delta in deltas.items():
+        root = optimizer.state[delta]["exp_avg_sq"].double().sqrt()
+        size = root.square().mean().sqrt()
+        metric[name] = 1 / (root / size + 1e-3) if size > 0 else torch.ones_like(root)
+    return metric
+
+
 class ProjectionCallback(TrainerCallback):
     """The method as a callback of any TRL or Transformers trainer over a model with one `delta_s` adapter.
 
@@ -192,7 +235,13 @@ class ProjectionCallback(TrainerCallback):
         gate: `one_sided`, `no_gate` or `reverse`.
         overshoot: times what the gate takes out, 1 being exactly that.
         preserve_magnitude: restore the norm of the projected modules' gradient (or update) after the projection.
-        project_target: project the gradient, the optimiser's update, or both.
+        project_target: project the gradient, the optimiser's update, or both; or `displacement`: after each step hold
+            V δ at or above a floor, which starts at 0.
+        hold_rate: what that floor rises by at each optimiser step.
+        update_metric: what "nearest" means where the update is projected: `adam` weighs coordinates by the square root
+            of AdamW's second moment.
+        project_rows: `student` takes out the hack-ward part of the student's rows' gradient alone; it needs a trainer
+            that tells sources apart, which sets `student_grads`.
         measure_only: measure all and touch nothing (the vanilla arm).
         match: a second basis; the overshoot of each step is then set so that the share of ‖g‖ taken out is the one
             that `match` would take out (the random_matched control).
@@ -211,6 +260,9 @@ class ProjectionCallback(TrainerCallback):
         overshoot: float = 1.0,
         preserve_magnitude: bool = False,
         project_target: ProjectTarget = "grad",
+        hold_rate: float = 0.0,
+        update_metric: UpdateMetric = "euclidean",
+        project_rows: ProjectRows = "all",
         measure_only: bool = False,
         match: HackBasis | None = None,
         refresh_every: int = 0,
@@ -219,6 +271,8 @@ class ProjectionCallback(TrainerCallback):
         for name, value, allowed in (
             ("gate", gate, get_args(Gate)),
             ("project_target", project_target, get_args(ProjectTarget)),
+            ("update_metric", update_metric, get_args(UpdateMetric)),
+            ("project_rows", project_rows, get_args(ProjectRows)),
         ):
             if value not in allowed:
                 raise InputError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
@@ -228,6 +282,10 @@ class ProjectionCallback(TrainerCallback):
         self.overshoot = overshoot
         self.preserve_magnitude = preserve_magnitude
         self.project_target = project_target
+        self.hold_rate = hold_rate
+        self.update_metric = update_metric
+        self.project_rows = project_rows
+        self.student_grads: Callable[[], Grads] | None = None
         self.measure_only = measure_only
         self.match = Projector(match, gate) if match is not None else None
         self.refresh_every = refresh_every
@@ -284,7 +342,12 @@ class ProjectionCallback(TrainerCallback):
             "overshoot": overshoot,
         }
         if self.project_target in ("grad", "both") and not self.measure_only:
-            projected = self.projector.project(grads, overshoot, self.preserve_magnitude)
+            if self.project_rows == "student":
+                theirs = self.student_grads()
+                clean = self.projector.project(theirs, overshoot)
+                projected = {name: grads[name] - theirs[name] + g for name, g in clean.items()}
+            else:
+                projected = self.projector.project(grads, overshoot, self.preserve_magnitude)
             _copy_into({name: grads[name] for name in projected}, projected)
         self.metrics |= {
             "cout": self.projector.hack_share(grads),
@@ -293,15 +356,24 @@ class ProjectionCallback(TrainerCallback):
         self._before = {name: p.detach().clone() for name, p in self.projector.select(parameters).items()}
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
+    def on_optimizer_step(self, args, state, control, model: nn.Module, optimizer=None, **kwargs) -> None:
         deltas = self.projector.select(delta_s_parameters(model))
         # The gates speak of gradients, along whose negative the optimiser steps: the update's own is -u.
         descent = {name: self._before[name] - delta for name, delta in deltas.items()}
         self.metrics["cup_in"] = self.projector.hack_share(descent)
         if self.project_target in ("update", "both") and not self.measure_only:
             overshoot = self._overshoot_for(descent)
-            descent = self.projector.project(descent, overshoot, self.preserve_magnitude)
+            if self.update_metric == "adam":
+                metric = adam_inverse_metric(deltas, optimizer)
+                descent = self.projector.project_in_metric(descent, metric, overshoot)
+            else:
+                descent = self.projector.project(descent, overshoot, self.preserve_magnitude)
             _copy_into(deltas, {name: self._before[name] - step for name, step in descent.items()})
+        if self.project_target == "displacement" and not self.measure_only:
+            floor = self.hold_rate * (state.global_step + 1)  # the trainer counts this step after us
+            held = self.projector.hold(deltas, floor, self.overshoot)
+            _copy_into(deltas, held)
+            descent = {name: self._before[name] - delta for name, delta in deltas.items()}
         self.metrics["cup_out"] = self.projector.hack_share(descent)
         along = self.projector.coordinates(deltas)
         halves = {

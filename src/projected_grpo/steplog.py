@@ -49,6 +49,10 @@ class RunKind:
         return self.arm != "vanilla" and self.project_target in ("update", "both")
 
     @property
+    def holds(self) -> bool:
+        return self.arm != "vanilla" and self.project_target == "displacement"
+
+    @property
     def is_control(self) -> bool:
         return self.arm not in ("vanilla", "projected")
 
@@ -109,7 +113,7 @@ def _cout(run: RunKind) -> str:
     if run.arm == "vanilla":
         return "cout = cin, measured, not touched; anything else is a bug"
     if not run.touches_gradient:
-        return "cout = cin, as only the update is projected; anything else is a bug"
+        return "cout = cin, as the gradient is not projected; anything else is a bug"
     return "near 0 at overshoot 1 (arithmetic, not evidence); when not, the projection is not running or is scaled down"
 
 
@@ -124,6 +128,8 @@ def _cup(run: RunKind) -> str:
 def _cup_out(run: RunKind) -> str:
     if run.touches_update:
         return "near 0 at overshoot 1; when not, the update projection is not running or is scaled down"
+    if run.holds:
+        return "below cup wherever δ had to be put back to its floor"
     return "cup_out = cup, as updates are not projected; anything else is a bug"
 
 
@@ -135,6 +141,8 @@ def _fired(run: RunKind) -> str:
 def _vd(run: RunKind) -> str:
     if run.arm == "vanilla":
         return "sinks below 0 as hacking is learnt; near 0 while it is not"
+    if run.holds:
+        return "at or above its floor, 0 or what --hold-rate makes of it; if pass_s sinks as it rises, lower the rate"
     if run.gate == "no_gate" and run.touches_update:
         return "stays where it is; when it moves, the update projection is not running"
     if run.gate == "no_gate":

@@ -78,6 +78,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._pool_order = random.Random(f"{self.args.seed}/{self.accelerator.process_index}")
         self.num_teacher = num_teacher
         self.projection = projection
+        projection.student_grads = lambda: {name: sums[0] for name, sums in self._clipped_sources().items()}
         self._memory = _Memory(self.accelerator.device)
         self._timer = _StepTimer(self._begin_step)
         self.add_callback(self._timer)  # before the projection, whose refresh is a part of the step
@@ -250,10 +251,14 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     # --- the row of metrics ----------------------------------------------------------------------------------------
 
+    def _clipped_sources(self) -> dict[str, Tensor]:
+        """Per module (2, r): the two sources' parts of the clipped gradient."""
+        clip = min(1.0, self.args.max_grad_norm / (self._grad_norm + 1e-6)) if self.args.max_grad_norm else 1.0
+        return {name: self.accelerator.reduce(sums, "mean") * clip for name, sums in self._source_grads.items()}
+
     def _source_metrics(self) -> dict[str, float | None]:
         """cin_s and cin_t on the sources' own gradients, and their norms in units of the clipped gradient."""
-        clip = min(1.0, self.args.max_grad_norm / (self._grad_norm + 1e-6)) if self.args.max_grad_norm else 1.0
-        both = {name: self.accelerator.reduce(sums, "mean") * clip for name, sums in self._source_grads.items()}
+        both = self._clipped_sources()
         metrics: dict[str, float | None] = {}
         for i, (short, share) in enumerate(
             zip("st", self.projection.projector.hack_shares(both).tolist(), strict=True)

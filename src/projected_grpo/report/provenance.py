@@ -29,6 +29,9 @@ SETTINGS = (
     "gate",
     "overshoot",
     "project_target",
+    "hold_rate",
+    "update_metric",
+    "project_rows",
     "preserve_magnitude",
     "vhack_refresh_every",
 )
