@@ -10,6 +10,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.report import plots, verdict
 from projected_grpo.report.compare import Arm, Paired, Study, compare_all, make_study
 from projected_grpo.report.kinds import kind_tables
+from projected_grpo.report.mechanism import displacement_table, displacements, prediction_table, predictions
 from projected_grpo.report.observe import observe_all
 from projected_grpo.report.page import Contents, html, markdown
 from projected_grpo.report.provenance import departures_table, run_table, settings_table
@@ -45,7 +46,9 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     kinds, kind_differences = kind_tables(study)
     main = main_table(study, comparisons, verdicts)
     curves = curves_table(study)
-    drawn = plots.draw_all(study, comparisons)
+    moved, predicted = displacements(study), predictions(study)
+    mechanism = [table for table in (displacement_table(study, moved), prediction_table(predicted)) if table]
+    drawn = plots.draw_all(study, comparisons, moved)
     provenance = [("command", command), ("code of this report", code_version())]
     codes = {code for run in runs if run.left_out is None for code in run.code or ("unknown",)}
     provenance += [("code of the runs", code) for code in sorted(codes)]
@@ -61,6 +64,7 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
             ("Rates", [*rate_tables(study), curves]),
             ("Differences", [*difference_tables(study, comparisons), control_table(study, controls), power]),
             *([("Kinds of hacks", kinds)] if kinds else []),
+            *([("Mechanism", mechanism)] if mechanism else []),
             ("Runs and settings", [run_table(study), settings_table(study), departures_table(study)]),
         ],
         provenance=provenance,
@@ -76,6 +80,8 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
         "differences": [_paired(paired) for paired in comparisons.values()],
         "kind_differences": [_paired(paired) for paired in kind_differences],
         "power": power_numbers,
+        "displacements": {folder: asdict(one) for folder, one in moved.items()},
+        "predictions": [asdict(one) for one in predicted],
         "runs": [_run(run) for run in runs],
         "tables": {table.key: asdict(table) for _, tables in contents.sections for table in tables}
         | {"main": asdict(main)},

@@ -6,7 +6,7 @@ Left out on purpose: smoothing that is not said on the axis.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from projected_grpo.report.compare import Arm, Paired, Study
+from projected_grpo.report.mechanism import Displacement
 from projected_grpo.report.observe import HELD_OUT
 from projected_grpo.report.runs import read_spectrum
 from projected_grpo.report.settings import runs_of
@@ -59,7 +60,7 @@ class Plot:
     why_not: str | None = None
 
 
-def draw_all(study: Study, comparisons: Comparisons) -> list[Plot]:
+def draw_all(study: Study, comparisons: Comparisons, moved: Mapping[str, Displacement]) -> list[Plot]:
     """All of them, in the order of the page."""
     with matplotlib.rc_context(STYLE):
         return [
@@ -68,6 +69,7 @@ def draw_all(study: Study, comparisons: Comparisons) -> list[Plot]:
             scatter(study),
             gradients(study),
             drift(study),
+            dose(study, moved),
             detector(study),
             spectrum(study),
         ]
@@ -290,6 +292,32 @@ def drift(study: Study) -> Plot:
         f"interval{said}."
     )
     return _finish(figure, "drift", title, caption)
+
+
+def dose(study: Study, moved: Mapping[str, Displacement]) -> Plot:
+    title = "Where δ ends along the real basis, and what the policy does"
+    if not moved:
+        return Plot("dose", title, "", why_not="no run that is compared has an adapter over a real basis's factors")
+    figure, grid = _figure(1, 2, 4.0, sharex=True)
+    for axes, rate in zip(grid[0], ("hack", "pass"), strict=True):
+        measure = study.main(rate)
+        for arm in study.arms.values():
+            values = arm.values(measure)
+            at = {seed: moved.get(str(observed.run.folder)) for seed, observed in arm.runs.items()}
+            seeds = [seed for seed in values if at[seed] is not None]
+            look = _look(study, arm) | {"linestyle": "none"}
+            xs, ys = [at[seed].along for seed in seeds], [values[seed] for seed in seeds]
+            axes.plot(xs, ys, **look, markersize=6, alpha=0.75, markeredgecolor="white", label=arm.name)
+        axes.axvline(0, color="#555", lw=1, linestyle=":")
+        axes.set_ylim(bottom=-0.02)
+        axes.set_title(str(measure))
+        axes.set_xlabel("mean V δ (below 0: hack-ward)")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    caption = (
+        "One point a run, after training; V is the real basis of the untouched model in every arm, whatever the arm "
+        "projected."
+    )
+    return _finish(figure, "dose", title, caption)
 
 
 def detector(study: Study) -> Plot:
