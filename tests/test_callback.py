@@ -498,7 +498,7 @@ def test_refresh_comes_every_n_optimiser_steps_and_logs_the_overlap_with_what_it
     def refresh():
         made_at.append(loop.n_steps)
         # A basis that turns the first of three rows out, moves to other modules, and keeps the rest.
-        half = random_rows(model, k=3, names=["0", "1"])
+        half = random_rows(model, k=3, seed=len(made) * 5, names=["0", "1"])
         rows = {name: v[1:] for name, v in half.directions.items()}
         made.append(HackBasis(rows, half.singular_values, half.coefficients, half.spectrum, half.fingerprints))
         return made[-1]
@@ -517,6 +517,11 @@ def test_refresh_comes_every_n_optimiser_steps_and_logs_the_overlap_with_what_it
             nulls = [3 / callback.basis.directions[n].shape[1] for n in ("0", "1")]  # the larger k is 3
             assert callback.metrics["refresh/overlap_null"] == pytest.approx(sum(nulls) / 2)
             assert (callback.metrics["refresh/modules_came"], callback.metrics["refresh/modules_went"]) == (0, 1)
+        if step == 6:  # other rows: the second basis stands apart from the first two
+            assert callback.metrics["refresh/overlap"] == pytest.approx(made[1].overlap(made[0]).mean, rel=1e-12)
+            assert callback.metrics["refresh/overlap_first"] == pytest.approx(made[1].overlap(first).mean, rel=1e-12)
+            assert callback.metrics["refresh/overlap_first"] < 0.9
+            assert callback.metrics["refresh/overlap"] != callback.metrics["refresh/overlap_first"]
         basis = first if step < 3 else made[0] if step < 6 else made[1]
         assert callback.basis is basis
         for name, g in grads.items():  # and it is the new basis that projects, from that very step on

@@ -214,7 +214,7 @@ def test_a_plot_without_data_says_why(tmp_path, monkeypatch):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_report([root], root / "report", False, "projected-grpo report")
     page = (root / "report" / "report.html").read_text()
-    assert page.count("Not drawn: ") == 8
+    assert page.count("Not drawn: ") == 9
     assert list((root / "report" / "plots").iterdir()) == []
 
 

@@ -249,7 +249,8 @@ class ProjectionCallback(TrainerCallback):
         refresh: makes the new basis; needed with `refresh_every`.
 
     After each step `metrics` holds cin, cin_null, cout, cup_in, cup_out, fired, overshoot, the mean of V δ and of
-    its two halves (leak, hack-ward; drift, away from it) and, after a refresh, the overlap; None where ‖g‖ = 0.
+    its two halves (leak, hack-ward; drift, away from it) and, after a refresh, the overlap with the basis before it and
+    with the first; None where ‖g‖ = 0.
     """
 
     def __init__(
@@ -279,6 +280,7 @@ class ProjectionCallback(TrainerCallback):
         if refresh_every < 0 or (refresh_every and refresh is None):
             raise InputError(f"refresh_every={refresh_every} needs a positive number and a refresh function")
         self.projector = Projector(basis, gate)
+        self.first_basis = basis
         self.overshoot = overshoot
         self.preserve_magnitude = preserve_magnitude
         self.project_target = project_target
@@ -322,6 +324,7 @@ class ProjectionCallback(TrainerCallback):
             self.metrics |= {
                 "refresh/overlap": overlap.mean,
                 "refresh/overlap_null": overlap.null,
+                "refresh/overlap_first": new.overlap(self.first_basis).mean,
                 "refresh/modules_came": overlap.n_came,
                 "refresh/modules_went": overlap.n_went,
                 "time/refresh": time.perf_counter() - started,

@@ -70,6 +70,7 @@ def draw_all(study: Study, comparisons: Comparisons, moved: Mapping[str, Displac
             gradients(study),
             drift(study),
             dose(study, moved),
+            staleness(study),
             detector(study),
             spectrum(study),
         ]
@@ -318,6 +319,34 @@ def dose(study: Study, moved: Mapping[str, Displacement]) -> Plot:
         "projected."
     )
     return _finish(figure, "dose", title, caption)
+
+
+def staleness(study: Study) -> Plot:
+    title = "How a basis that is made anew stands to those before it"
+    arms = [arm for arm in study.arms.values() if len(_series(arm, "refresh/overlap_first")[0])]
+    if not arms:
+        return Plot(
+            "staleness", title, "", why_not="no run that is compared refreshes its basis (--vhack-refresh-every)"
+        )
+    figure, grid = _figure(1, 2, 3.6, sharey=True)
+    keys = {"refresh/overlap": "overlap with the one before", "refresh/overlap_first": "overlap with the first"}
+    for axes, (key, name) in zip(grid[0], keys.items(), strict=True):
+        for arm in arms:
+            look = _look(study, arm) | {"marker": ""}
+            steps, mean, low, high = _series(arm, key)
+            axes.plot(steps, mean, lw=1.6, **look, label=f"{arm.name} (n={len(arm.runs)})")
+            axes.fill_between(steps, low, high, color=look["color"], alpha=0.12, lw=0)
+            steps, null, *_ = _series(arm, "refresh/overlap_null")
+            axes.plot(steps, null, lw=1, color="#555", linestyle=":")
+        axes.set_ylim(0, 1.02)
+        axes.set_title(name)
+        _label_steps(axes, smooth=False)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    caption = (
+        "‖V_new V_oldᵀ‖² / min(k_new, k_old), mean over the modules that both have; dotted, its value for unrelated "
+        "subspaces. Mean over seeds with its 95 % t interval."
+    )
+    return _finish(figure, "staleness", title, caption)
 
 
 def detector(study: Study) -> Plot:
