@@ -114,6 +114,16 @@ teacher *flags:
     projected-grpo sweep sweeps/teacher.toml {{flags}}
     projected-grpo report out/teacher/micro --out out/teacher/report --overwrite
 
+# k, the number of pairs and the noise floor, one at a time, five seeds, and its report
+knobs *flags:
+    projected-grpo sweep sweeps/knobs.toml {{flags}}
+    projected-grpo report out/knobs/micro --out out/knobs/report --overwrite
+
+# exploratory: δ held above a floor along the basis, at several rates, two seeds, and its report
+hold-rate *flags:
+    projected-grpo sweep sweeps/hold_rate.toml {{flags}}
+    projected-grpo report out/hold-rate/micro --out out/hold-rate/report --overwrite
+
 # SmolLM2-135M with half teacher rows, vanilla, projected with pairs in the teacher's words and in others, random; its report
 smol *flags:
     projected-grpo sweep sweeps/smol.toml --jobs 1 {{flags}}
