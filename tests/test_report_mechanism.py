@@ -16,6 +16,7 @@ from projected_grpo.report.mechanism import (
     displacements,
     prediction_table,
     predictions,
+    step_table,
     within_arms,
 )
 from projected_grpo.report.observe import observe_all
@@ -60,6 +61,33 @@ def test_displacement_is_along_vanillas_basis_by_hand(tmp_path):
     assert found.in_span == pytest.approx((1 + 4 + 1) / (9 + 1.25))
     row = displacement_table(study, displacements(study)).rows[0]
     assert row == ["random", "1", "+0.67", "-", "58.5", "3.20", "50.0", "25.0"]
+
+
+ADAMW = {"adam_beta1": 0.5, "gate": "one_sided", "overshoot": 1.0, "lr_scheduler": "constant", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"project_target": "grad"}, 3e-3 * 8 / math.sqrt(2 * math.pi)),
+        ({"project_target": "update"}, 3e-3 * 8 / math.sqrt(2 * math.pi) / math.sqrt(3)),
+        ({"project_target": "both"}, None),
+        ({"project_target": "grad", "gate": "no_gate"}, None),
+        ({"project_target": "grad", "warmup_steps": 2}, None),
+        ({"project_target": "grad", "arm": "vanilla"}, None),
+    ],
+)
+def test_the_drift_of_noise_alone_is_methods_closed_form(tmp_path, config, expected):
+    folder = write_run(tmp_path, **{"arm": "projected", **ADAMW, **config})
+    study = study_of(tmp_path)
+    (run,) = study.runs
+    assert mechanism.noise_drift(run) == (None if expected is None else pytest.approx(expected))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (cells,) = step_table(study).rows
+    shares = [np.mean([row[key] for row in rows]) for key in ("cin", "cin_null", "cup_out")]
+    assert [cells[2], cells[3], cells[6]] == [f"{share:.3f}" for share in shares]
+    assert (cells[4], cells[5]) == ("-", "-")  # not logged here
+    assert cells[7:] == [f"{rows[-1]['v_delta']:+.2f}", "-" if expected is None else f"{expected:+.2f}"]
 
 
 def test_an_adapter_over_other_factors_is_not_measured(tmp_path):

@@ -10,7 +10,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.report import plots, verdict
 from projected_grpo.report.compare import Arm, Paired, Study, compare_all, make_study
 from projected_grpo.report.kinds import kind_tables
-from projected_grpo.report.mechanism import displacement_table, displacements, prediction_table, predictions
+from projected_grpo.report.mechanism import displacement_table, displacements, prediction_table, predictions, step_table
 from projected_grpo.report.observe import observe_all
 from projected_grpo.report.page import Contents, html, markdown
 from projected_grpo.report.provenance import departures_table, run_table, settings_table
@@ -47,7 +47,7 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
     main = main_table(study, comparisons, verdicts)
     curves = curves_table(study)
     moved, predicted = displacements(study), predictions(study)
-    mechanism = [table for table in (displacement_table(study, moved), prediction_table(predicted)) if table]
+    mechanism = [displacement_table(study, moved), step_table(study), prediction_table(predicted)]
     drawn = plots.draw_all(study, comparisons, moved)
     provenance = [("command", command), ("code of this report", code_version())]
     codes = {code for run in runs if run.left_out is None for code in run.code or ("unknown",)}
@@ -64,7 +64,7 @@ def write_report(roots: Sequence[Path], out: Path, overwrite: bool, command: str
             ("Rates", [*rate_tables(study), curves]),
             ("Differences", [*difference_tables(study, comparisons), control_table(study, controls), power]),
             *([("Kinds of hacks", kinds)] if kinds else []),
-            *([("Mechanism", mechanism)] if mechanism else []),
+            *([("Mechanism", tables)] if (tables := [table for table in mechanism if table]) else []),
             ("Runs and settings", [run_table(study), settings_table(study), departures_table(study)]),
         ],
         provenance=provenance,

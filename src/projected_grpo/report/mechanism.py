@@ -111,6 +111,51 @@ def displacement_table(study: Study, moved: dict[str, Displacement]) -> Table | 
     return Table("displacement", "Where δ ends along the real basis", head, rows, notes)
 
 
+def step_table(study: Study) -> Table | None:
+    """What the optimiser makes of the projected gradient, over all steps; None where no run logged it."""
+    rows = []
+    for arm in study.arms.values():
+        runs = runs_of(arm)
+        if not any(row.get("v_delta") is not None for run in runs for row in run.metrics):
+            continue
+        shares = [_over_runs(runs, _over(key)) for key in ("cin", "cin_null", "cout", "cup_in", "cup_out")]
+        own = _over_runs(runs, lambda metrics: metrics[-1].get("v_delta"))
+        expected = [drift for run in runs if (drift := noise_drift(run)) is not None]
+        noise = float(np.mean(expected)) if len(expected) == len(runs) else None
+        cells = [NONE if share is None else f"{share:.3f}" for share in shares]
+        cells += [NONE if value is None else f"{value:+.2f}" for value in (own, noise)]
+        rows.append([arm.name, str(len(runs)), *cells])
+    if not rows:
+        return None
+    head = ["arm", "n", "cin", "null", "cout", "cup", "cup_out", "own V δ", "from noise alone"]
+    notes = [
+        "Means over all steps and runs: the hack-ward share of the gradient before and after its projection, of the "
+        "optimiser's step before and after its projection; V δ at the end along the arm's own, last basis. From noise "
+        "alone: lr T / √(2π), for a projected update √((1 - β1) / (1 + β1)) of that, where a one-sided gate at "
+        "overshoot 1 and a constant rate make it known (docs/method.md, 4).",
+    ]
+    return Table("steps", "What the optimiser makes of the gradient", head, rows, notes)
+
+
+def noise_drift(run: Run) -> float | None:
+    """V δ that the one-sided gate makes of gradients without any signal; None where there is no closed form."""
+    config = run.config
+    names = ("learning_rate", "adam_beta1", "gate", "project_target", "overshoot", "lr_scheduler", "warmup_steps")
+    if run.kind in ("vanilla", "oracle", "random_matched") or not all(name in config for name in names):
+        return None
+    plain = (config["gate"], config["overshoot"], config["lr_scheduler"]) == ("one_sided", 1.0, "constant")
+    if not plain or config["warmup_steps"] or config["project_target"] not in ("grad", "update"):
+        return None
+    drift = config["learning_rate"] * run.steps / (2 * np.pi) ** 0.5
+    beta1 = config["adam_beta1"]
+    return drift * ((1 - beta1) / (1 + beta1)) ** 0.5 if config["project_target"] == "update" else drift
+
+
+def _over_runs(runs: Sequence[Run], of: Callable[[Sequence[Metrics]], float | None]) -> float | None:
+    values = [value for run in runs if run.metrics and (value := of(run.metrics)) is not None]
+    return float(np.mean(values)) if values else None
+
+
 def _mean(arm: Arm, study: Study, rate: str) -> float | None:
     values = list(arm.values(study.main(rate)).values())
     return float(np.mean(values)) if values else None
