@@ -168,14 +168,23 @@ def tries_of(run):
 
 @pytest.mark.parametrize(
     ("name", "runs", "bases"),
-    [("replicate_quick", 25, 1), ("leave_one_style_out", 14, 6), ("leave_one_mode_out", 16, 7)],
+    [
+        ("replicate_quick", 25, 1),
+        ("replicate", 80, 1),
+        ("replicate_smol", 12, 2),
+        ("leave_one_style_out", 14, 6),
+        ("leave_one_mode_out", 16, 7),
+        ("knobs", 55, 9),
+        ("hold_rate", 20, 1),
+    ],
 )
 def test_the_sweeps_that_come_with_the_project(name, runs, bases):
     plan = read_sweep(SWEEPS / f"{name}.toml")
+    preset = "smol" if name.endswith("smol") else "micro"
     assert len(plan.runs) == runs
     assert len({config.basis for config, _ in plan.runs}) == bases
-    assert plan.folder == Path("out") / name.replace("_", "-") / "micro"
-    assert {evaluation.problems for _, evaluation in plan.runs} == {"micro-eval"}
+    assert plan.folder == Path("out") / name.replace("_", "-") / preset
+    assert {evaluation.problems for _, evaluation in plan.runs} == {f"{preset}-eval"}
 
 
 def test_a_file_gives_the_presets_settings_but_for_what_it_says(sweep_file, tmp_path):
