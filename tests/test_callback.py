@@ -318,14 +318,15 @@ def test_one_sided_gates_drift_on_pure_noise_under_adamw_and_no_gate_on_the_upda
 
 
 @pytest.mark.parametrize("gate", ["one_sided", "no_gate"])
-@pytest.mark.parametrize("rate", [0.0, 2e-3])
-def test_displacement_is_put_back_to_the_nearest_point_on_or_above_its_floor(gate, rate):
+@pytest.mark.parametrize(("rate", "cap"), [(0.0, 0.0), (2e-3, 0.0), (5e-3, 0.02)])
+def test_displacement_is_put_back_to_the_nearest_point_on_or_above_its_floor(gate, rate, cap):
     model, plain = build(), build()
     basis = random_rows(model, k=3, names=["0", "2"])
-    loop = Loop(model, ProjectionCallback(basis, gate, project_target="displacement", hold_rate=rate))
+    loop = Loop(model, ProjectionCallback(basis, gate, project_target="displacement", hold_rate=rate, hold_cap=cap))
     free, source = Loop(plain, None), noise(model, 5)
     touched = 0
     for n in range(1, 30):
+        floor = min(rate * n, cap) if cap else rate * n
         for delta, ours in zip(free.deltas.values(), loop.deltas.values(), strict=True):
             delta.data.copy_(ours.data)  # both begin where ours stands, with the same moments
         grads = next(source)
@@ -336,10 +337,10 @@ def test_displacement_is_put_back_to_the_nearest_point_on_or_above_its_floor(gat
             after, expected = loop.deltas[name].detach(), free.deltas[name].detach()
             if name in basis.directions:
                 v = basis.directions[name]
-                short = rate * n - v @ expected
+                short = floor - v @ expected
                 expected = expected + (short if gate == "no_gate" else short.clamp(min=0)) @ v
                 touched += (expected != free.deltas[name]).any().item()
-                assert (v @ after - rate * n).min() > -1e-14
+                assert (v @ after - floor).min() > -1e-14
             assert torch.allclose(after, expected, rtol=0, atol=1e-14)
     assert touched > 10
 

@@ -175,7 +175,7 @@ def tries_of(run):
         ("leave_one_style_out", 14, 6),
         ("leave_one_mode_out", 16, 7),
         ("knobs", 55, 9),
-        ("hold_rate", 20, 1),
+        ("hold_rate", 24, 1),
     ],
 )
 def test_the_sweeps_that_come_with_the_project(name, runs, bases):

@@ -149,6 +149,8 @@ class TrainConfig(BasisOptions):
     """Project the gradient (as published), the optimiser's update, or both; or hold V δ at or above a floor."""
     hold_rate: float = 0.0
     """Target `displacement`: how many learning rates the floor under V δ rises by at each optimiser step."""
+    hold_cap: float = 0.0
+    """Target `displacement`: how many learning rates the floor rises to at most; 0 sets no such limit."""
     update_metric: UpdateMetric = "euclidean"
     """Target `update`: the nearest update in this metric; `adam` weighs coordinates by AdamW's second moment."""
     project_rows: ProjectRows = "all"
@@ -232,7 +234,10 @@ class TrainConfig(BasisOptions):
             at_least(self, name, 0)
         target = self.project_target
         held = target == "displacement"
-        _require(held or not self.hold_rate, f"--hold-rate {self.hold_rate} needs --project-target displacement")
+        for name in ("hold_rate", "hold_cap"):
+            value = getattr(self, name)
+            at_least(self, name, 0)
+            _require(held or not value, f"{_flag(name)} {value} needs --project-target displacement")
         _require(
             not held or (self.gate != "reverse" and self.arm != "random_matched" and not self.preserve_magnitude),
             "--project-target displacement goes with neither --gate reverse, arm random_matched nor "

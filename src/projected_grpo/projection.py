@@ -237,7 +237,7 @@ class ProjectionCallback(TrainerCallback):
         preserve_magnitude: restore the norm of the projected modules' gradient (or update) after the projection.
         project_target: project the gradient, the optimiser's update, or both; or `displacement`: after each step hold
             V δ at or above a floor, which starts at 0.
-        hold_rate: what that floor rises by at each optimiser step.
+        hold_rate, hold_cap: what that floor rises by at each optimiser step, and where it stops; a cap of 0 is none.
         update_metric: what "nearest" means where the update is projected: `adam` weighs coordinates by the square root
             of AdamW's second moment.
         project_rows: `student` takes out the hack-ward part of the student's rows' gradient alone; it needs a trainer
@@ -262,6 +262,7 @@ class ProjectionCallback(TrainerCallback):
         preserve_magnitude: bool = False,
         project_target: ProjectTarget = "grad",
         hold_rate: float = 0.0,
+        hold_cap: float = 0.0,
         update_metric: UpdateMetric = "euclidean",
         project_rows: ProjectRows = "all",
         measure_only: bool = False,
@@ -285,6 +286,7 @@ class ProjectionCallback(TrainerCallback):
         self.preserve_magnitude = preserve_magnitude
         self.project_target = project_target
         self.hold_rate = hold_rate
+        self.hold_cap = hold_cap or math.inf
         self.update_metric = update_metric
         self.project_rows = project_rows
         self.student_grads: Callable[[], Grads] | None = None
@@ -373,7 +375,8 @@ class ProjectionCallback(TrainerCallback):
                 descent = self.projector.project(descent, overshoot, self.preserve_magnitude)
             _copy_into(deltas, {name: self._before[name] - step for name, step in descent.items()})
         if self.project_target == "displacement" and not self.measure_only:
-            floor = self.hold_rate * (state.global_step + 1)  # the trainer counts this step after us
+            n_steps = state.global_step + 1  # the trainer counts this step after us
+            floor = min(self.hold_rate * n_steps, self.hold_cap)
             held = self.projector.hold(deltas, floor, self.overshoot)
             _copy_into(deltas, held)
             descent = {name: self._before[name] - delta for name, delta in deltas.items()}

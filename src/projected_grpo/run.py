@@ -241,6 +241,7 @@ def projection_of(
         preserve_magnitude=config.preserve_magnitude,
         project_target=config.project_target,
         hold_rate=config.hold_rate * config.learning_rate,
+        hold_cap=config.hold_cap * config.learning_rate,
         update_metric=config.update_metric,
         project_rows=config.project_rows,
         measure_only=arm.measure_only,

@@ -30,6 +30,7 @@ SETTINGS = (
     "overshoot",
     "project_target",
     "hold_rate",
+    "hold_cap",
     "update_metric",
     "project_rows",
     "preserve_magnitude",

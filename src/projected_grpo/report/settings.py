@@ -15,7 +15,7 @@ NAMES = {"arm", "label", "seed", "preset", "exploratory"}
 OF_THE_METHOD = {
     *("pairs", "n_pairs", "pairs_without", "v_hack_k", "drop_bottom_frac", "token_reduction"),
     *("gate", "overshoot", "preserve_magnitude", "project_target", "vhack_refresh_every"),
-    *("hold_rate", "update_metric", "project_rows"),
+    *("hold_rate", "hold_cap", "update_metric", "project_rows"),
 }
 """What an arm may have of its own and still be compared with a vanilla that has another: it does nothing there."""
 
