@@ -117,12 +117,26 @@ teacher *flags:
 # k, the number of pairs and the noise floor, one at a time, five seeds, and its report
 knobs *flags:
     projected-grpo sweep sweeps/knobs.toml {{flags}}
-    projected-grpo report out/knobs/micro --out out/knobs/report --overwrite
+    projected-grpo report out/knobs/micro --out out/knobs/report --against projected --overwrite
+
+# half teacher rows: all of the gradient projected, the student's part alone, or the update; five seeds, and its report
+teacher-rows *flags:
+    projected-grpo sweep sweeps/teacher_rows.toml {{flags}}
+    projected-grpo report out/teacher-rows/micro --out out/teacher-rows/report --against projected --overwrite
+
+# Adam's first decay, vanilla and both targets, three seeds, and its report
+adam *flags:
+    projected-grpo sweep sweeps/adam.toml {{flags}}
+    projected-grpo report out/adam/micro --out out/adam/report --overwrite
+
+# finished runs of `just replicate` with δ moved along the real basis, and along a random one
+steer seeds="101 102 103":
+    runs=(); for arm in vanilla projected projected-update random oracle; do       for seed in {{seeds}}; do runs+=(out/replicate/micro/${arm}_s$seed); done; done;     for kind in vanilla random; do projected-grpo steer "${runs[@]}" --overwrite       --basis out/replicate/micro/${kind}_s101/basis.safetensors --out out/replicate/steer-$kind.json; done
 
 # exploratory: δ held above a floor along the basis, at several rates, two seeds, and its report
 hold-rate *flags:
     projected-grpo sweep sweeps/hold_rate.toml {{flags}}
-    projected-grpo report out/hold-rate/micro --out out/hold-rate/report --overwrite
+    projected-grpo report out/hold-rate/micro --out out/hold-rate/report --against projected-update --overwrite
 
 # SmolLM2-135M with half teacher rows, vanilla, projected with pairs in the teacher's words and in others, random; its report
 smol *flags:

@@ -407,9 +407,12 @@ def test_the_students_part_alone_is_projected():
     model = build()
     basis = random_rows(model, k=3)
     callback = ProjectionCallback(basis, project_rows="student")
-    loop, source = Loop(model, callback), noise(model, 9)
+    with pytest.raises(InputError, match="tells sources apart"):  # now, and not after a whole generation
+        Loop(model, callback)
+    source = noise(model, 9)
     student, teacher = next(source), next(source)
     callback.student_grads = lambda: student
+    loop = Loop(model, callback)
     loop.step({name: g + teacher[name] for name, g in student.items()})
     for name, v in basis.directions.items():
         expected = teacher[name] + student[name] - hackward_amounts(v, student[name], "one_sided") @ v

@@ -49,6 +49,12 @@ def refused(capsys, args, *words):
         (["train", "smoke", "--seed", "-1"], ["--seed -1"]),
         (["train", "smoke", "--hold-rate", "1"], ["--hold-rate 1.0 needs --project-target displacement"]),
         (["train", "smoke", "--project-target", "displacement", "--gate", "reverse"], ["displacement", "reverse"]),
+        (["train", "smoke", "--project-target", "displacement", "--hold-cap", "1"], ["--hold-cap 1.0 needs"]),
+        (["train", "smoke", "--project-target", "displacement", "--vhack-refresh-every", "2"], ["new basis", "jump"]),
+        (["train", "smoke", "--arm", "random_matched", "--project-target", "displacement"], ["random_matched"]),
+        (["train", "micro", "--project-rows", "student"], ["--project-rows student needs", "--mix-ratio"]),
+        (["train", "micro", "--pairs-by-seed"], ["--pairs-by-seed needs --n-pairs"]),
+        (["steer", "--basis", "b"], ["steer needs RUNS"]),
         (["train", "smoke", "--update-metric", "adam"], ["--update-metric adam needs --project-target update"]),
         (
             ["train", "smoke", "--project-rows", "student", "--project-target", "both"],

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from test_report_material import write_run, write_study
 
 from projected_grpo.cli import main
-from projected_grpo.report import plots
+from projected_grpo.report import drawing, plots
 from projected_grpo.report.build import write_report
 
 CHROMIUM = "/usr/bin/chromium"
@@ -77,6 +77,30 @@ def test_the_same_runs_give_the_same_report(tmp_path, monkeypatch):
         write_report([root / "smoke"], tmp_path / name, False, "projected-grpo report")
     for name in ("report.html", "report.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_arms_can_be_held_against_another_than_vanilla(tmp_path, monkeypatch, capsys):
+    arms = {
+        "vanilla": {"hack": 0.75, "right": 0.0},
+        "projected": {"hack": 0.25, "right": 0.25},
+        "wide": {"arm": "projected", "hack": 0.5, "right": 0.25, "v_hack_k": 8},
+    }
+    root = write_study(tmp_path, arms, seeds=(41, 42, 43), exact=True)
+    monkeypatch.setattr(plots, "draw_all", lambda *_: [])
+    write_report([root], root / "report", True, "projected-grpo report", against="projected")
+    text = (root / "report" / "report.md").read_text()
+    numbers = json.loads((root / "report" / "report.json").read_text())
+    assert "Differences to projected: held-out" in text
+    found = {
+        (one["arm"], one["measure"]["rate"]): one["mean"]
+        for one in numbers["against"]
+        if one["measure"]["source"] == "held-out" and one["measure"]["mode"] == "run_tests"
+    }
+    assert (found["wide", "hack"], found["wide", "pass"]) == (pytest.approx(0.25), pytest.approx(0.0))
+    assert (found["vanilla", "hack"], found["vanilla", "pass"]) == (pytest.approx(0.5), pytest.approx(-0.25))
+    assert {one["family"] for one in numbers["against"]} == {2}
+    assert main(["report", str(root), "--against", "nobody", "--overwrite"]) == 2
+    assert "no arm of these runs; there are vanilla, projected, wide" in capsys.readouterr().err
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path, monkeypatch):
@@ -219,9 +243,9 @@ def test_a_plot_without_data_says_why(tmp_path, monkeypatch):
 
 
 def test_labels_are_moved_apart_and_stay_where_they_can():
-    assert plots._spread([0.1, 0.5], 0.2) == [0.1, 0.5]
-    assert plots._spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
-    placed = plots._spread([0.1, 0.12, 0.2, 0.9], 0.1)
+    assert drawing.spread([0.1, 0.5], 0.2) == [0.1, 0.5]
+    assert drawing.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    placed = drawing.spread([0.1, 0.12, 0.2, 0.9], 0.1)
     assert all(b - a >= 0.1 - 1e-12 for a, b in itertools.pairwise(placed))
     assert placed[3] == 0.9
 

@@ -13,14 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from projected_grpo.adapter import delta_s_parameters
 from projected_grpo.arms import ARMS
 from projected_grpo.basis import HackBasis
 from projected_grpo.config import ArmName, BasisOptions, ExtractConfig, TrainConfig
 from projected_grpo.env.grader import Grader, GraderFault
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.evaluate import evaluate, with_adapter
 from projected_grpo.extract import extract
 from projected_grpo.models import load_model
 from projected_grpo.run import train
+from projected_grpo.run_state import evaluation_of
+from projected_grpo.steer import moved_along, steer
 from projected_grpo.steplog import read_metrics
 from projected_grpo.trainer import ProjectedGRPOTrainer
 
@@ -238,6 +242,50 @@ def test_a_resume_before_the_first_checkpoint_begins_again(finished, tmp_path):
     train(replace(early, resume=True))
     assert rows_of(early) == rows_of(config)[:1]
     assert rollouts_of(early) == rollouts_of(config)[:8]
+
+
+def test_a_policy_moved_along_a_basis_is_put_back_exactly(finished):
+    config, _ = finished
+    basis = HackBasis.load(config.run_dir / "basis.safetensors")
+    model = with_adapter(load_model(config.model, config.dtype, "cpu").model, config.run_dir / "adapter")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with moved_along(model, basis, 0.3) as along:
+            moved = model(input_ids=ids).logits
+            inside = {name: delta.detach().clone() for name, delta in delta_s_parameters(model).items()}
+        after = model(input_ids=ids).logits
+    assert along == pytest.approx(0.3, abs=1e-6)
+    for name, delta in inside.items():
+        was = weights[next(full for full in weights if name in full and "delta_s" in full)]
+        v = basis.directions.get(name)
+        expected = was if v is None else was + (0.3 - v @ was) @ v
+        assert torch.allclose(delta, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(before, moved)
+    assert torch.equal(before, after)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_steered_runs_begin_with_the_run_as_eval_has_it(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    short = {"limit": 2, "max_completion_length": 24, "samples": 2, "out": tmp_path / "eval.json"}
+    usual = evaluation_of(config, config.run_dir, short)
+    evaluated = evaluate(usual)
+    monkeypatch.setattr("projected_grpo.steer.evaluation_of", lambda run, folder, changes: replace(usual, **changes))
+    out, basis = tmp_path / "steer.json", config.run_dir / "basis.safetensors"
+    table = steer([config.run_dir], basis, [0.5], samples=2, out=out, overwrite=False)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["arm"], row["set_to"]) for row in rows] == [
+        ("base", None), ("base", 0.5), ("projected", None), ("projected", 0.5),
+    ]  # fmt: skip
+    assert [rows[0]["v_delta"], rows[1]["v_delta"], rows[3]["v_delta"]] == pytest.approx([0, 0.5, 0.5], abs=1e-6)
+    want = {mode: {name: r["rate"] for name, r in m["rates"].items()} for mode, m in evaluated["modes"].items()}
+    assert rows[2]["rates"] == want
+    assert "+0.50" in table
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="exists"):
+        steer([config.run_dir], basis, [0.5], samples=2, out=out, overwrite=False)
 
 
 def test_a_basis_of_a_trained_policy_is_no_basis_for_a_new_run(finished, small_config):

@@ -174,8 +174,10 @@ def tries_of(run):
         ("replicate_smol", 12, 2),
         ("leave_one_style_out", 14, 6),
         ("leave_one_mode_out", 16, 7),
-        ("knobs", 55, 9),
-        ("hold_rate", 24, 1),
+        ("knobs", 70, 18),
+        ("hold_rate", 22, 1),
+        ("adam", 27, 1),
+        ("teacher_rows", 25, 1),
     ],
 )
 def test_the_sweeps_that_come_with_the_project(name, runs, bases):

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import tyro
+
 from projected_grpo import cli_bench, cli_env, cli_micro, cli_report, cli_sweep
 from projected_grpo.cli_options import PROG, console, copy_fields, parse, take, with_preset
-from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig
+from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig, at_least
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
 from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import evaluation_of, held_out_of
@@ -80,6 +82,35 @@ def evaluate(args: list[str]) -> None:
 
 
 @dataclass(frozen=True)
+class SteerOptions:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of finished runs."""
+    basis: Path
+    """Along which δ is moved: a real basis of the runs' model, or a control of one."""
+    at: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+    """Values that V δ is set to, along every axis; each run is evaluated as it is, too."""
+    samples: int = 4
+    """Completions per problem and mode."""
+    out: Path = Path("out/steer.json")
+    """The file to write; a plot goes beside it."""
+    overwrite: bool = False
+    """Replace `--out` where it exists."""
+
+
+def steer(args: list[str]) -> None:
+    """Finished runs sampled again with δ moved along a basis: what V δ alone does to hack and pass rates."""
+    options = parse(SteerOptions, args, "steer")
+    if not options.runs:
+        raise InputError("steer needs RUNS: folders of finished runs")
+    at_least(options, "samples", 1)
+    console()
+    from projected_grpo.steer import steer
+
+    print(steer(options.runs, options.basis, options.at, options.samples, options.out, options.overwrite))
+    print(f"wrote {options.out} and {options.out.with_suffix('.png')}")
+
+
+@dataclass(frozen=True)
 class SmokeOptions:
     arms: tuple[ArmName, ...] = ("projected",)
     """Arms to run, one after another."""
@@ -109,6 +140,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "extract": extract,
     "train": train,
     "eval": evaluate,
+    "steer": steer,
     "smoke": smoke,
     **cli_micro.COMMANDS,
     **cli_sweep.COMMANDS,

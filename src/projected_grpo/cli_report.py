@@ -16,6 +16,8 @@ class ReportOptions:
     """Run folders, or folders above them: every run in them is in the report. All of one preset."""
     out: Path | None = None
     """Folder for report.html, report.md, report.json and plots/; `report` in the first of RUNS by default."""
+    against: str | None = None
+    """An arm with which all others are compared too, beside vanilla."""
     overwrite: bool = False
     """Replace a report that is there."""
 
@@ -28,7 +30,7 @@ def report(args: list[str]) -> None:
     from projected_grpo.report.build import write_report
 
     out = options.out or options.runs[0] / "report"
-    print(write_report(options.runs, out, options.overwrite, shlex.join([PROG, "report", *args])))
+    print(write_report(options.runs, out, options.overwrite, shlex.join([PROG, "report", *args]), options.against))
     print(f"wrote {out / 'report.html'}, report.md, report.json and plots/")
 
 

@@ -70,6 +70,8 @@ class BasisOptions(ModelOptions):
     """Contrastive pairs: a built-in set (`hacks`) or a .toml or .jsonl file."""
     n_pairs: int | None = None
     """Only so many of the pairs, drawn evenly over their axes; all by default."""
+    pairs_by_seed: bool = False
+    """Draw them by the run's seed; by default every run gets the same ones."""
     pairs_without: tuple[str, ...] = ()
     """Axes of the pairs (hack styles, or loophole modes) that are left out."""
     v_hack_k: int = 12
@@ -91,6 +93,7 @@ class BasisOptions(ModelOptions):
         _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
         _require(0 <= self.seed < 2**32, f"--seed {self.seed} must be in [0, 2^32)")
         _require(self.n_pairs is None or self.n_pairs >= 1, f"--n-pairs {self.n_pairs} must be at least 1")
+        _require(self.n_pairs is not None or not self.pairs_by_seed, "--pairs-by-seed needs --n-pairs")
 
 
 @dataclass(frozen=True)
@@ -238,10 +241,15 @@ class TrainConfig(BasisOptions):
             value = getattr(self, name)
             at_least(self, name, 0)
             _require(held or not value, f"{_flag(name)} {value} needs --project-target displacement")
+        _require(not self.hold_cap or self.hold_rate > 0, f"--hold-cap {self.hold_cap} needs a --hold-rate above 0")
         _require(
-            not held or (self.gate != "reverse" and self.arm != "random_matched" and not self.preserve_magnitude),
-            "--project-target displacement goes with neither --gate reverse, arm random_matched nor "
-            "--preserve-magnitude: it takes nothing out of a step",
+            not held or (self.gate != "reverse" and not self.preserve_magnitude and not self.vhack_refresh_every),
+            "--project-target displacement goes with neither --gate reverse, --preserve-magnitude nor "
+            "--vhack-refresh-every: it takes nothing out of a step, and a new basis would make δ jump",
+        )
+        _require(
+            self.arm != "random_matched" or (target != "displacement" and self.update_metric == "euclidean"),
+            "arm random_matched matches what is taken out of a gradient or an update in the euclidean metric",
         )
         _require(
             self.update_metric == "euclidean"
@@ -250,8 +258,12 @@ class TrainConfig(BasisOptions):
             "nor --preserve-magnitude",
         )
         _require(
-            self.project_rows == "all" or (target == "grad" and not self.preserve_magnitude),
-            f"--project-rows {self.project_rows} needs --project-target grad, without --preserve-magnitude",
+            self.project_rows == "all"
+            or (
+                target == "grad" and self.mix_ratio > 0 and not self.preserve_magnitude and self.arm != "random_matched"
+            ),
+            f"--project-rows {self.project_rows} needs --project-target grad and teacher rows (--mix-ratio), and goes "
+            "with neither --preserve-magnitude nor arm random_matched",
         )
         for name in ("overshoot", "learning_rate", "grader_cpu_seconds"):
             _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")

@@ -43,7 +43,7 @@ def evaluate(config: EvalConfig) -> dict:
     """Sample, grade, print the table, and write `config.out`; returns what was written."""
     check_out(config.out, config.overwrite)
     if config.adapter is not None:
-        _check_adapter(config.adapter)
+        check_adapter(config.adapter)
     problems = problems_of(config.problems)[: config.limit]
     if config.trained_on is not None:
         seen = {key for problem in problems_of(config.trained_on) for key in (problem.id, problem.question)}
@@ -54,35 +54,18 @@ def evaluate(config: EvalConfig) -> dict:
     loaded = load_model(config.model, config.dtype, config.device)
     model = loaded.model
     if config.adapter is not None:
-        model = _with_adapter(model, config.adapter)
+        model = with_adapter(model, config.adapter)
         model.merge_adapter()
     prompter = Prompter(loaded, wording=config.wording)
-    requests = [
-        (problem, mode, eval_test_func_name(problem.id, config.seed) if mode != "none" else problem.test_func_name)
-        for mode in config.modes
-        for problem in problems
-        for _ in range(config.samples)
-    ]
-    set_seed(config.seed)
-    texts = sample(model, prompter, requests, config)
     limits = Limits(cpu_seconds=config.grader_cpu_seconds)
     with saving_faults(config.out.with_suffix(".fault.txt")), Grader(config.grader_workers, limits) as grader:
-        grades = grader.grade(
-            [GradeRequest(p, text, mode, name) for (p, mode, name), text in zip(requests, texts, strict=True)]
-        )
-    modes: dict[str, dict] = {
-        mode: summarise([(p.id, g) for (p, m, _), g in zip(requests, grades, strict=True) if m == mode])
-        for mode in config.modes
-    }
+        samples, modes = measure(model, prompter, problems, config, grader)
     result = {
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "note": loaded.note,
         "n_problems": len(problems),
         "modes": modes,
-        "samples": [
-            {"problem_id": p.id, "mode": mode, "test_func_name": name, "label": grade.label, "completion": text}
-            for (p, mode, name), text, grade in zip(requests, texts, grades, strict=True)
-        ],
+        "samples": samples,
     }
     config.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = config.out.with_name(config.out.name + ".tmp")
@@ -91,6 +74,32 @@ def evaluate(config: EvalConfig) -> dict:
     logger.info("\n" + format_table(modes, len(problems), config.samples))
     logger.info(f"wrote {config.out}" + (f" ({loaded.note})" if loaded.note else ""))
     return result
+
+
+def measure(
+    model, prompter: Prompter, problems: Sequence[Problem], config: EvalConfig, grader: Grader
+) -> tuple[list[dict], dict[str, dict]]:
+    """(every sample with its label, the summary of each mode), of the policy as it stands, from the config's seed."""
+    requests = [
+        (problem, mode, eval_test_func_name(problem.id, config.seed) if mode != "none" else problem.test_func_name)
+        for mode in config.modes
+        for problem in problems
+        for _ in range(config.samples)
+    ]
+    set_seed(config.seed)
+    texts = sample(model, prompter, requests, config)
+    grades = grader.grade(
+        [GradeRequest(p, text, mode, name) for (p, mode, name), text in zip(requests, texts, strict=True)]
+    )
+    modes: dict[str, dict] = {
+        mode: summarise([(p.id, g) for (p, m, _), g in zip(requests, grades, strict=True) if m == mode])
+        for mode in config.modes
+    }
+    samples = [
+        {"problem_id": p.id, "mode": mode, "test_func_name": name, "label": grade.label, "completion": text}
+        for (p, mode, name), text, grade in zip(requests, texts, grades, strict=True)
+    ]
+    return samples, modes
 
 
 def summarise(graded: list[tuple[str, Grade]]) -> dict:
@@ -124,7 +133,7 @@ def format_table(modes: Mapping[str, dict], n_problems: int, samples: int) -> st
     return "\n".join(lines)
 
 
-def _check_adapter(folder: Path) -> None:
+def check_adapter(folder: Path) -> None:
     """Refuse what is no whole adapter before a model is loaded, and before PEFT asks a hub for what is missing."""
     for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
@@ -137,7 +146,8 @@ def _check_adapter(folder: Path) -> None:
         raise InputError(f"--adapter {folder} is damaged ({error}); take it from its run again") from error
 
 
-def _with_adapter(model, adapter: Path) -> PeftModel:
+def with_adapter(model, adapter: Path) -> PeftModel:
+    """Raises InputError where the adapter is of another base model."""
     try:
         return PeftModel.from_pretrained(model, str(adapter))
     except ValueError as error:  # another base model: the adapter's own check names the module

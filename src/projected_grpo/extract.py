@@ -82,7 +82,8 @@ class PairBases:
 
 def pairs_of(options: BasisOptions) -> PairSet:
     """The configured pairs."""
-    return pairs_selected(options.pairs, options.pairs_without, options.n_pairs)
+    seed = options.seed if options.pairs_by_seed else 0
+    return pairs_selected(options.pairs, options.pairs_without, options.n_pairs, seed)
 
 
 def placebos_of(options: BasisOptions, kind: str) -> PairSet:

@@ -221,7 +221,8 @@ def adam_inverse_metric(deltas: Mapping[str, Tensor], optimizer: torch.optim.Opt
     takes everything."""
     metric = {}
     for name, delta in deltas.items():
-        root = optimizer.state[delta]["exp_avg_sq"].double().sqrt()
+        state = optimizer.state.get(delta, {})  # a δ that no gradient has reached has none
+        root = state["exp_avg_sq"].double().sqrt() if state else torch.zeros_like(delta, dtype=torch.float64)
         size = root.square().mean().sqrt()
         metric[name] = 1 / (root / size + 1e-3) if size > 0 else torch.ones_like(root)
     return metric
@@ -248,9 +249,11 @@ class ProjectionCallback(TrainerCallback):
         refresh_every: optimiser steps between two extractions on the current policy; 0 keeps the basis.
         refresh: makes the new basis; needed with `refresh_every`.
 
-    After each step `metrics` holds cin, cin_null, cout, cup_in, cup_out, fired, overshoot, the mean of V δ and of
-    its two halves (leak, hack-ward; drift, away from it) and, after a refresh, the overlap with the basis before it and
-    with the first; None where ‖g‖ = 0.
+    After each step `metrics` holds cin, cin_null, cout, cup_in, cup_null, cup_out, cup_away (the share of the step that
+    leads away from hacking), the norms before and after each projection, fired, overshoot, the mean of V δ and of
+    its two halves (leak, hack-ward; drift, away from it), where δ is held the floor, the share of axes and the norm of
+    what was put back, and, after a refresh, the overlap with the basis before it and with the first; None where
+    ‖g‖ = 0.
     """
 
     def __init__(
@@ -316,6 +319,8 @@ class ProjectionCallback(TrainerCallback):
             raise ValueError(f"delta_s of {frozen[0]} is frozen, so there is no gradient to project; make it trainable")
         for projector in filter(None, (self.projector, self.match)):
             projector.basis.check_fits(model)
+        if self.project_rows == "student" and self.student_grads is None:
+            raise InputError("project_rows='student' needs a trainer that tells sources apart: ProjectedGRPOTrainer")
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.metrics = {}
@@ -366,6 +371,8 @@ class ProjectionCallback(TrainerCallback):
         # The gates speak of gradients, along whose negative the optimiser steps: the update's own is -u.
         descent = {name: self._before[name] - delta for name, delta in deltas.items()}
         self.metrics["cup_in"] = self.projector.hack_share(descent)
+        self.metrics["cup_null"] = self.projector.null(descent)
+        self.metrics["update_norm"] = joint_norm(descent)
         if self.project_target in ("update", "both") and not self.measure_only:
             overshoot = self._overshoot_for(descent)
             if self.update_metric == "adam":
@@ -378,9 +385,18 @@ class ProjectionCallback(TrainerCallback):
             n_steps = state.global_step + 1  # the trainer counts this step after us
             floor = min(self.hold_rate * n_steps, self.hold_cap)
             held = self.projector.hold(deltas, floor, self.overshoot)
+            put_back = {name: held[name] - delta for name, delta in deltas.items()}
+            moved = self.projector.coordinates(put_back).abs() > 0
+            self.metrics |= {
+                "hold/floor": floor,
+                "hold/axes": moved.double().mean().item() if len(moved) else None,
+                "hold/norm": joint_norm(put_back),
+            }
             _copy_into(deltas, held)
             descent = {name: self._before[name] - delta for name, delta in deltas.items()}
         self.metrics["cup_out"] = self.projector.hack_share(descent)
+        self.metrics["cup_away"] = self.projector.hack_share({name: -step for name, step in descent.items()})
+        self.metrics["update_norm_projected"] = joint_norm(descent)
         along = self.projector.coordinates(deltas)
         halves = {
             "v_delta": along,

@@ -32,9 +32,9 @@ def pairs_named(name: str) -> PairSet:
     return micro_pairs(name) if name in N_PAIRS else load_pairs(name)
 
 
-def pairs_selected(name: str, without: Sequence[str], n: int | None) -> PairSet:
-    """The pairs called `name` but those of the axes `without`, at most `n`, always the same ones."""
-    return select(pairs_named(name), without, n, seed=0)
+def pairs_selected(name: str, without: Sequence[str], n: int | None, seed: int = 0) -> PairSet:
+    """The pairs called `name` but those of the axes `without`, at most `n` of them, drawn by `seed`."""
+    return select(pairs_named(name), without, n, seed=seed)
 
 
 def placebo_of(pairs: str, kind: str) -> str:

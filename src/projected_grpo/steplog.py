@@ -41,16 +41,20 @@ class RunKind:
     project_target: str
 
     @property
+    def only_measures(self) -> bool:
+        return self.arm in ("vanilla", "oracle")
+
+    @property
     def touches_gradient(self) -> bool:
-        return self.arm != "vanilla" and self.project_target in ("grad", "both")
+        return not self.only_measures and self.project_target in ("grad", "both")
 
     @property
     def touches_update(self) -> bool:
-        return self.arm != "vanilla" and self.project_target in ("update", "both")
+        return not self.only_measures and self.project_target in ("update", "both")
 
     @property
     def holds(self) -> bool:
-        return self.arm != "vanilla" and self.project_target == "displacement"
+        return not self.only_measures and self.project_target == "displacement"
 
     @property
     def is_control(self) -> bool:
@@ -87,6 +91,8 @@ def _fit(value: float | int | None, spec: str, width: int) -> str:
 def _hack_s(run: RunKind) -> str:
     if run.arm == "vanilla":
         return "rises once the loophole is found; if it never does, the run is too short to show any arm's effect"
+    if run.arm == "oracle":
+        return "falls, as nothing pays for it; if it rises, the reward is not the ground truth"
     if run.is_control:
         return "rises about as in vanilla, perhaps later; if it stays low, the real basis is not what holds it down"
     return "stays below vanilla's at the same pass_s; if both fall together, the policy is breaking, not protected"
@@ -110,18 +116,23 @@ def _cin_t(run: RunKind) -> str:
 
 
 def _cout(run: RunKind) -> str:
-    if run.arm == "vanilla":
+    if run.only_measures:
         return "cout = cin, measured, not touched; anything else is a bug"
     if not run.touches_gradient:
         return "cout = cin, as the gradient is not projected; anything else is a bug"
-    return "near 0 at overshoot 1 (arithmetic, not evidence); when not, the projection is not running or is scaled down"
+    return (
+        "near 0 at overshoot 1 (arithmetic, not evidence); when not, the projection is not running or is scaled down, "
+        "or leaves the teacher's rows alone (--project-rows)"
+    )
 
 
 def _cup(run: RunKind) -> str:
-    if run.arm == "vanilla":
+    if run.only_measures:
         return "beside cin: what the optimiser makes of an untouched gradient; the other arms' cup is to be held to it"
     if run.touches_gradient:
         return "well below vanilla's; what is left is the optimiser's leak; if large, use --project-target both"
+    if run.holds:
+        return "as in vanilla at first; then what the optimiser would do from where δ is held"
     return "as in vanilla, as the gradient is not touched"
 
 
@@ -129,7 +140,7 @@ def _cup_out(run: RunKind) -> str:
     if run.touches_update:
         return "near 0 at overshoot 1; when not, the update projection is not running or is scaled down"
     if run.holds:
-        return "below cup wherever δ had to be put back to its floor"
+        return "below cup where δ had to be put back to its floor; hold/* in metrics.jsonl say how far and how often"
     return "cup_out = cup, as updates are not projected; anything else is a bug"
 
 
@@ -141,8 +152,10 @@ def _fired(run: RunKind) -> str:
 def _vd(run: RunKind) -> str:
     if run.arm == "vanilla":
         return "sinks below 0 as hacking is learnt; near 0 while it is not"
+    if run.arm == "oracle":
+        return "near 0, or above where honesty is learnt along the basis"
     if run.holds:
-        return "at or above its floor, 0 or what --hold-rate makes of it; if pass_s sinks as it rises, lower the rate"
+        return "at its floor or above (no_gate: at it), see --hold-rate; if pass_s sinks as it rises, lower the rate"
     if run.gate == "no_gate" and run.touches_update:
         return "stays where it is; when it moves, the update projection is not running"
     if run.gate == "no_gate":

@@ -21,7 +21,6 @@ from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -35,6 +34,7 @@ from projected_grpo.pool import TeacherPool
 from projected_grpo.projection import ProjectionCallback, joint_norm
 from projected_grpo.rollout_grads import rollout_scores
 from projected_grpo.row_grads import RowGradRecorder
+from projected_grpo.step_meters import MemoryMeter, StepTimer
 
 STATE_FILE = "projected_grpo.pt"
 SOURCES = ("student", "teacher")
@@ -79,8 +79,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self.num_teacher = num_teacher
         self.projection = projection
         projection.student_grads = lambda: {name: sums[0] for name, sums in self._clipped_sources().items()}
-        self._memory = _Memory(self.accelerator.device)
-        self._timer = _StepTimer(self._begin_step)
+        self._memory = MemoryMeter(self.accelerator.device)
+        self._timer = StepTimer(self._begin_step)
         self.add_callback(self._timer)  # before the projection, whose refresh is a part of the step
         self.add_callback(projection)
         self._on_row, self._on_rollouts = on_row, on_rollouts
@@ -327,21 +327,6 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             self._pool_order.setstate(state["pool_order"])
 
 
-class _StepTimer(TrainerCallback):
-    """Wall seconds from the beginning of an optimiser step to its end, without logging and saving."""
-
-    def __init__(self, on_begin: Callable[[], None]) -> None:
-        self._on_begin = on_begin
-        self._started = self.seconds = 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._on_begin()
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seconds = time.perf_counter() - self._started
-
-
 class _ByEpoch(Sampler):
     """TRL's sampler with each epoch's order a function of seed and epoch: its own generator goes on from epoch to
     epoch, and would begin anew on resume."""
@@ -355,22 +340,6 @@ class _ByEpoch(Sampler):
 
     def __len__(self) -> int:
         return len(self.sampler)
-
-
-class _Memory:
-    """Most memory allocated on a GPU in each part of a step, over all steps so far, in GB of 1e9 bytes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.most: dict[str, float] = {}
-
-    def lap(self, part: str) -> None:
-        """What was held since the last lap belongs to `part`."""
-        if self.device.type == "cuda":
-            held = torch.cuda.max_memory_allocated(self.device) / 1e9
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.most[part] = max(held, self.most.get(part, 0.0))
-            self.most["reserved"] = torch.cuda.max_memory_reserved(self.device) / 1e9  # with what is in pieces
 
 
 def _rates(rows: Sequence[dict]) -> dict[str, float | None]:

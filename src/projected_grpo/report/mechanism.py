@@ -4,6 +4,8 @@ The measuring stick is one real basis of the untouched model: vanilla's, or else
 on purpose: causes. A run may move along the basis and hack little for a third reason.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +57,10 @@ def _measuring_stick(study: Study) -> tuple[Weights, Weights] | None:
     arms = sorted(study.arms.values(), key=lambda arm: arm is not study.vanilla)
     for run in (run for arm in arms for run in runs_of(arm)):
         if run.basis_info.get("kind") == "real" and not run.basis_info.get("delta_norm"):
-            tensors = _tensors(run.folder / "basis.safetensors", "directions/", "fingerprints/")
+            try:
+                tensors = _tensors(run.folder / "basis.safetensors", "directions/", "fingerprints/")
+            except (OSError, SafetensorError):
+                continue
             directions, prints = (
                 {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
                 for part in ("directions/", "fingerprints/")
@@ -90,8 +95,9 @@ def _tensors(path: Path, *beginnings: str) -> Weights:
 
 def displacement_table(study: Study, moved: dict[str, Displacement]) -> Table | None:
     """A row an arm; None where no run tells."""
-    rows = []
+    rows, unmeasured = [], []
     for arm in study.arms.values():
+        unmeasured += [f"{run.name} s{run.seed}" for run in runs_of(arm) if str(run.folder) not in moved]
         those = [moved[str(run.folder)] for run in runs_of(arm) if str(run.folder) in moved]
         if not those:
             continue
@@ -107,6 +113,7 @@ def displacement_table(study: Study, moved: dict[str, Displacement]) -> Table | 
     notes = [
         "δ at the end of a run along the real basis of the untouched model, whatever the arm projected; below 0 is "
         f"hack-ward. Hack and pass: per cent, {hack.source}.",
+        *([f"Without an adapter over that basis's factors: {', '.join(unmeasured)}."] if unmeasured else []),
     ]
     return Table("displacement", "Where δ ends along the real basis", head, rows, notes)
 
@@ -118,37 +125,35 @@ def step_table(study: Study) -> Table | None:
         runs = runs_of(arm)
         if not any(row.get("v_delta") is not None for run in runs for row in run.metrics):
             continue
-        shares = [_over_runs(runs, _over(key)) for key in ("cin", "cin_null", "cout", "cup_in", "cup_out")]
+        shares = [_over_runs(runs, _over(key)) for key in STEP_SHARES]
         own = _over_runs(runs, lambda metrics: metrics[-1].get("v_delta"))
-        expected = [drift for run in runs if (drift := noise_drift(run)) is not None]
-        noise = float(np.mean(expected)) if len(expected) == len(runs) else None
         cells = [NONE if share is None else f"{share:.3f}" for share in shares]
-        cells += [NONE if value is None else f"{value:+.2f}" for value in (own, noise)]
-        rows.append([arm.name, str(len(runs)), *cells])
+        cells.append(NONE if own is None else f"{own:+.2f}")
+        rows.append([arm.name, str(len(runs)), _kept(runs), *cells])
     if not rows:
         return None
-    head = ["arm", "n", "cin", "null", "cout", "cup", "cup_out", "own V δ", "from noise alone"]
+    head = ["arm", "n", "axes", "cin", "null", "cout", "cup", "its null", "cup_out", "away", "own V δ"]
     notes = [
-        "Means over all steps and runs: the hack-ward share of the gradient before and after its projection, of the "
-        "optimiser's step before and after its projection; V δ at the end along the arm's own, last basis. From noise "
-        "alone: lr T / √(2π), for a projected update √((1 - β1) / (1 + β1)) of that, where a one-sided gate at "
-        "overshoot 1 and a constant rate make it known (docs/method.md, 4).",
+        "Means over all steps and runs, along the arm's own basis: the hack-ward share of the gradient before and "
+        "after its projection, of the optimiser's step before and after what is done to it, and the share of that "
+        "step that leads away from hacking; V δ at the end along the last basis. Axes: kept, in how many modules. "
+        "What a one-sided gate makes of directions without meaning is in the rows of the random arms.",
     ]
     return Table("steps", "What the optimiser makes of the gradient", head, rows, notes)
 
 
-def noise_drift(run: Run) -> float | None:
-    """V δ that the one-sided gate makes of gradients without any signal; None where there is no closed form."""
-    config = run.config
-    names = ("learning_rate", "adam_beta1", "gate", "project_target", "overshoot", "lr_scheduler", "warmup_steps")
-    if run.kind in ("vanilla", "oracle", "random_matched") or not all(name in config for name in names):
-        return None
-    plain = (config["gate"], config["overshoot"], config["lr_scheduler"]) == ("one_sided", 1.0, "constant")
-    if not plain or config["warmup_steps"] or config["project_target"] not in ("grad", "update"):
-        return None
-    drift = config["learning_rate"] * run.steps / (2 * np.pi) ** 0.5
-    beta1 = config["adam_beta1"]
-    return drift * ((1 - beta1) / (1 + beta1)) ** 0.5 if config["project_target"] == "update" else drift
+STEP_SHARES = ("cin", "cin_null", "cout", "cup_in", "cup_null", "cup_out", "cup_away")
+
+
+def _kept(runs: Sequence[Run]) -> str:
+    found = set()
+    for run in runs:
+        try:
+            kept = _tensors(run.folder / "basis.safetensors", "singular_values/")
+        except (OSError, SafetensorError):
+            continue
+        found.add(f"{sum(map(len, kept.values()))} in {len(kept)}")
+    return "; ".join(sorted(found)) if 0 < len(found) < 3 else "differ" if found else NONE
 
 
 def _over_runs(runs: Sequence[Run], of: Callable[[Sequence[Metrics]], float | None]) -> float | None:
@@ -195,8 +200,8 @@ class Predicted:
     """Spearman's ρ and the number of runs."""
     pooled: float | None
     p: float | None
-    """Two-sided, of shuffling outcomes within arms."""
-    n: int
+    """Two-sided, of shuffling seeds; None, as `pooled`, where the arms have too few seeds in common."""
+    n_seeds: int
 
 
 def predictions(study: Study) -> list[Predicted]:
@@ -207,33 +212,47 @@ def predictions(study: Study) -> list[Predicted]:
     for rate in ("hack", "pass"):
         measure = study.main(rate)
         for name, early in PREDICTORS.items():
-            groups: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+            groups: dict[str, dict[int, tuple[float, float]]] = {}
             for arm in study.arms.values():
                 outcomes = arm.values(measure)
                 firsts = {seed: early(one.run.metrics[:EARLY]) for seed, one in arm.runs.items() if seed in outcomes}
-                seeds = [seed for seed, first in firsts.items() if first is not None]
-                x, y = np.array([firsts[s] for s in seeds]), np.array([outcomes[s] for s in seeds])
-                if len(seeds) >= FEWEST and np.ptp(x) > 0 and np.ptp(y) > 0:
-                    groups[arm.name] = x, y
+                points = {seed: (first, outcomes[seed]) for seed, first in firsts.items() if first is not None}
+                if len(points) >= FEWEST and all(len(set(values)) > 1 for values in zip(*points.values(), strict=True)):
+                    groups[arm.name] = points
             if groups:
-                by_arm = {arm: (float(stats.spearmanr(x, y).statistic), len(x)) for arm, (x, y) in groups.items()}
-                pooled, p = within_arms(list(groups.values()))
-                found.append(Predicted(name, str(measure), by_arm, pooled, p, sum(n for _, n in by_arm.values())))
+                by_arm = {
+                    arm: (float(stats.spearmanr(list(points.values())).statistic), len(points))
+                    for arm, points in groups.items()
+                }
+                seeds = sorted(set.intersection(*(set(points) for points in groups.values())))
+                pooled = p = None
+                if len(seeds) >= FEWEST:
+                    pooled, p = within_arms([np.array([g[seed] for seed in seeds]) for g in groups.values()])
+                found.append(Predicted(name, str(measure), by_arm, pooled, p, len(seeds)))
     return found
 
 
-def within_arms(groups: Sequence[tuple[np.ndarray, np.ndarray]], draws: int = DRAWS) -> tuple[float, float]:
-    """Correlation of ranks centred within each group, over all groups, and its two-sided permutation p: the share of
-    shuffles within groups, the one at hand counted in, that are at least as far from 0."""
-    ranks = [tuple(stats.rankdata(z) - (len(z) + 1) / 2 for z in pair) for pair in groups]
-    scale = np.sqrt(sum((x**2).sum() for x, _ in ranks) * sum((y**2).sum() for _, y in ranks))
-    observed = sum(x @ y for x, y in ranks) / scale
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    shuffled = np.zeros(draws)
-    for x, y in ranks:
-        shuffled += generator.permuted(np.broadcast_to(y, (draws, len(y))), axis=1) @ x
-    extreme = int((np.abs(shuffled / scale) >= abs(observed) - 1e-12).sum())
-    return float(observed), (extreme + 1) / (draws + 1)
+def within_arms(groups: Sequence[np.ndarray], draws: int = DRAWS) -> tuple[float, float]:
+    """Of arms on the same n seeds, each (n, 2) of early figure and outcome, in one order of seeds: correlation of ranks
+    centred within each arm, over all arms, and its two-sided permutation p.
+
+    A shuffle gives all outcomes of one seed to another, the same for every arm, since arms of one seed share problems,
+    order and sampling and are no independent runs. All orders where they are few, else `draws` and the one at hand.
+    """
+    ranks = np.stack([stats.rankdata(group, axis=0) - (len(group) + 1) / 2 for group in groups])
+    x, y = ranks[..., 0], ranks[..., 1]
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    if not scale:
+        return 0.0, 1.0
+    n = x.shape[1]
+    if math.factorial(n) <= draws:
+        orders = np.array(list(itertools.permutations(range(n))))
+    else:
+        generator = np.random.default_rng(BOOTSTRAP_SEED)
+        shuffled = generator.permuted(np.broadcast_to(np.arange(n), (draws, n)), axis=1)
+        orders = np.concatenate([np.arange(n)[None], shuffled])
+    every = np.einsum("an,aon->o", x, y[:, orders]) / scale
+    return float(every[0]), float((np.abs(every) >= abs(every[0]) - 1e-12).mean())
 
 
 def prediction_table(predicted: Sequence[Predicted]) -> Table | None:
@@ -243,11 +262,12 @@ def prediction_table(predicted: Sequence[Predicted]) -> Table | None:
     rows = []
     for one in predicted:
         arms = "; ".join(f"{arm} {rho:+.2f}" for arm, (rho, _) in one.by_arm.items())
-        rows.append([one.predictor, one.outcome, arms, f"{one.pooled:+.2f}", p_value(one.p), str(one.n)])
-    head = ["in the first steps", "outcome", "Spearman's ρ by arm", "within arms", "p", "runs"]
+        pooled = NONE if one.pooled is None else f"{one.pooled:+.2f}"
+        rows.append([one.predictor, one.outcome, arms, pooled, p_value(one.p), str(one.n_seeds)])
+    head = ["in the first steps", "outcome", "Spearman's ρ by arm", "within arms", "p", "seeds"]
     notes = [
         f"Each figure over the first {EARLY} steps against the run's outcome. Within arms: correlation of ranks "
-        f"centred in each arm, with the p of {DRAWS} shuffles within arms; not adjusted for there being {len(rows)} "
-        f"rows. Arms with fewer than {FEWEST} runs, or whose runs all end alike, are left out.",
+        f"centred in each arm, on the seeds that all of them have, with the p of shuffling seeds; not adjusted for "
+        f"there being {len(rows)} rows. Arms with fewer than {FEWEST} runs, or whose runs all end alike, are left out.",
     ]
     return Table("early", "What the first steps tell of the end", head, rows, notes, left=3)

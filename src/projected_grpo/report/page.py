@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from projected_grpo.report.plots import Plot
+from projected_grpo.report.drawing import Plot
 from projected_grpo.report.table import Table
 
 

@@ -23,6 +23,7 @@ SETTINGS = (
     "pairs",
     "n_pairs",
     "n_pairs (of the basis)",
+    "pairs_by_seed",
     "pairs_without",
     "v_hack_k",
     "drop_bottom_frac",

@@ -113,9 +113,14 @@ def _is_run_config(path: Path) -> bool:
 def read_run(folder: Path) -> Run:
     """One run's folder; one with a damaged file is left out. Raises InputError where config.json itself is damaged."""
     config = _json_object(folder / "config.json")
-    config = {
+    config = {  # what older versions could not say, and did as this
         "label": None,
         "pairs_without": [],
+        "pairs_by_seed": False,
+        "hold_rate": 0.0,
+        "hold_cap": 0.0,
+        "update_metric": "euclidean",
+        "project_rows": "all",
         "modes": [config.pop("mode", "run_tests")],
         **config,
     }

@@ -13,7 +13,7 @@ PLACES = {"out_root", "overwrite", "resume", "grader_workers", "device", "save_e
 """Where things lie and how fast they go: two runs that differ in these alone are one experiment."""
 NAMES = {"arm", "label", "seed", "preset", "exploratory"}
 OF_THE_METHOD = {
-    *("pairs", "n_pairs", "pairs_without", "v_hack_k", "drop_bottom_frac", "token_reduction"),
+    *("pairs", "n_pairs", "pairs_by_seed", "pairs_without", "v_hack_k", "drop_bottom_frac", "token_reduction"),
     *("gate", "overshoot", "preserve_magnitude", "project_target", "vhack_refresh_every"),
     *("hold_rate", "hold_cap", "update_metric", "project_rows"),
 }

@@ -138,6 +138,17 @@ def difference_tables(study: Study, comparisons: Comparisons) -> list[Table]:
     return tables
 
 
+def against_tables(study: Study, comparisons: Comparisons, against: str) -> list[Table]:
+    """Every other arm minus the arm `against` on the same seeds, as `difference_tables` does it for vanilla."""
+    tables = []
+    for (source, mode), measures in _groups(study).items():
+        pairs = [paired for (_, measure), paired in comparisons.items() if measure in measures]
+        family = f"the comparisons with {against} of the same rate, in this table"
+        title = f"Differences to {against}: {_title(source, mode)}"
+        tables.append(paired_table(f"against-{_slug(source, mode)}", title, pairs, family))
+    return tables
+
+
 def paired_table(key: str, title: str, pairs: Sequence[Paired], family: str) -> Table:
     rows, reasons = [], []
     for paired in pairs:
