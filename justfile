@@ -119,6 +119,11 @@ knobs *flags:
     projected-grpo sweep sweeps/knobs.toml {{flags}}
     projected-grpo report out/knobs/micro --out out/knobs/report --against projected --overwrite
 
+# changes to the method beside the published one, nine arms x eight seeds, and their report
+changes *flags:
+    projected-grpo sweep sweeps/changes.toml {{flags}}
+    projected-grpo report out/changes/micro --out out/changes/report --against projected-update --overwrite
+
 # half teacher rows: all of the gradient projected, the student's part alone, or the update; five seeds, and its report
 teacher-rows *flags:
     projected-grpo sweep sweeps/teacher_rows.toml {{flags}}

@@ -11,19 +11,22 @@ from functools import partial
 
 import pytest
 import torch
+from loguru import logger
 from safetensors.torch import load_file
 
 from projected_grpo.adapter import delta_s_parameters
 from projected_grpo.arms import ARMS
 from projected_grpo.basis import HackBasis
+from projected_grpo.cli_options import copy_fields
 from projected_grpo.config import ArmName, BasisOptions, ExtractConfig, TrainConfig
 from projected_grpo.env.grader import Grader, GraderFault
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
-from projected_grpo.evaluate import evaluate, with_adapter
+from projected_grpo.evaluate import evaluate
 from projected_grpo.extract import extract
 from projected_grpo.models import load_model
 from projected_grpo.run import train
 from projected_grpo.run_state import evaluation_of
+from projected_grpo.saved_adapter import with_adapter
 from projected_grpo.steer import moved_along, steer
 from projected_grpo.steplog import read_metrics
 from projected_grpo.trainer import ProjectedGRPOTrainer
@@ -154,7 +157,10 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(small_config, tmp_path, 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("arm", ["vanilla", "random", "random_matched", "flipped", "placebo_style", "placebo_wrong"])
+OTHER_BASES = [pytest.param(arm, marks=pytest.mark.slow) for arm in ("random", "flipped", "placebo_style")]
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "random_matched", "placebo_wrong", *OTHER_BASES])
 def test_every_arm_runs_and_does_what_it_says(small_config, arm, finished):
     config = replace(small_config, arm=arm, steps=1, rollout_grad_every=0, max_grad_norm=0.0)
     train(config)
@@ -242,6 +248,25 @@ def test_a_resume_before_the_first_checkpoint_begins_again(finished, tmp_path):
     train(replace(early, resume=True))
     assert rows_of(early) == rows_of(config)[:1]
     assert rollouts_of(early) == rollouts_of(config)[:8]
+
+
+def test_the_basis_of_a_trained_policy_stands_beside_an_older_one(finished, tmp_path):
+    """The run refreshes before step 4, so the policy of checkpoint 2 is not the one of the end."""
+    config, _ = finished
+    lines = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
+    made = copy_fields(ExtractConfig, BasisOptions, config)
+    adapter, older = config.run_dir / "checkpoints" / "checkpoint-2", config.run_dir / "basis.safetensors"
+    try:
+        basis = extract(replace(made, adapter=adapter, compare=older, out=tmp_path / "aged.safetensors"))
+    finally:
+        logger.remove(sink)
+    assert basis.info.delta_norm > 0
+    overlap = basis.overlap(HackBasis.load(older))
+    assert overlap.mean < 1
+    assert any(f"overlap with {older}: {overlap.mean:.3f} (unrelated {overlap.null:.3f})" in line for line in lines)
+    with pytest.raises(InputError, match="trained policy"):  # and it is no basis to start a run from
+        train(replace(config, basis=tmp_path / "aged.safetensors", out_root=tmp_path, steps=1))
 
 
 def test_a_policy_moved_along_a_basis_is_put_back_exactly(finished):

@@ -178,6 +178,7 @@ def tries_of(run):
         ("hold_rate", 22, 1),
         ("adam", 27, 1),
         ("teacher_rows", 25, 1),
+        ("changes", 72, 1),
     ],
 )
 def test_the_sweeps_that_come_with_the_project(name, runs, bases):

@@ -80,7 +80,7 @@ class SpyOnGradients(ProjectionCallback):
     [
         (0.0, True, 1e-10, 1.0),
         pytest.param(0.05, True, 1e-10, 0.0, marks=pytest.mark.slow),
-        (0.05, False, 1e-5, 1.0),
+        pytest.param(0.05, False, 1e-5, 1.0, marks=pytest.mark.slow),
     ],
 )
 def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(

@@ -102,6 +102,10 @@ class ExtractConfig(BasisOptions):
     """Write this control of the basis `--like` (same modules, same k in each) and not a real basis."""
     like: Path | None = None
     """The real basis that a control copies its shape from."""
+    adapter: Path | None = None
+    """A saved adapter (a run's or a checkpoint's): the basis of that policy, to see how an older one has aged."""
+    compare: Path | None = None
+    """Say how much of this basis's span the new one has."""
     out: Path = Path("out/basis.safetensors")
     """The file to write."""
     overwrite: bool = False

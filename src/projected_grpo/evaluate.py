@@ -14,9 +14,6 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
@@ -30,6 +27,7 @@ from projected_grpo.errors import InputError, saving_faults
 from projected_grpo.models import load_model
 from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
+from projected_grpo.saved_adapter import check_adapter, with_adapter
 from projected_grpo.sources import problems_of
 
 RATES = {
@@ -131,27 +129,6 @@ def format_table(modes: Mapping[str, dict], n_problems: int, samples: int) -> st
             + "".join(f"{count:>19}" for count in summary["labels"].values())
         )
     return "\n".join(lines)
-
-
-def check_adapter(folder: Path) -> None:
-    """Refuse what is no whole adapter before a model is loaded, and before PEFT asks a hub for what is missing."""
-    for name in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise InputError(f"--adapter {folder} holds no {name}; give a finished run's adapter/ folder")
-    try:
-        json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            file.keys()
-    except (ValueError, SafetensorError) as error:
-        raise InputError(f"--adapter {folder} is damaged ({error}); take it from its run again") from error
-
-
-def with_adapter(model, adapter: Path) -> PeftModel:
-    """Raises InputError where the adapter is of another base model."""
-    try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except ValueError as error:  # another base model: the adapter's own check names the module
-        raise InputError(f"--adapter {adapter} does not fit --model: {error}") from error
 
 
 def sample(model, prompter: Prompter, requests: Sequence[tuple[Problem, str, str]], config: EvalConfig) -> list[str]:

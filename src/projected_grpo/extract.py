@@ -16,6 +16,7 @@ from projected_grpo.pair_gradients import EncodedPair, encode_pairs
 from projected_grpo.pairs import PairSet, select
 from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
+from projected_grpo.saved_adapter import check_adapter, with_adapter
 from projected_grpo.sources import pairs_named, pairs_selected, placebo_of
 
 SHARE_AT = (1, 2, 4, 8, 12, 24)
@@ -101,12 +102,18 @@ def placebos_of(options: BasisOptions, kind: str) -> PairSet:
 def extract(config: ExtractConfig) -> HackBasis:
     """Write the basis, or the control of one, that `config` asks for, and print its table."""
     check_out(config.out, config.overwrite)
-    real = HackBasis.load(config.like) if config.like is not None else None
+    real, older = (HackBasis.load(path) if path is not None else None for path in (config.like, config.compare))
+    if config.adapter is not None:
+        check_adapter(config.adapter)
     check_top_k(config.v_hack_k, len(pairs_of(config)))
     loaded = load_model(config.model, config.dtype, config.device)
-    bases = PairBases(get_peft_model(loaded.model, DeltaSConfig()), Prompter(loaded), config)
-    if real is not None:
-        real.check_fits(bases.model)
+    if config.adapter is None:
+        model = get_peft_model(loaded.model, DeltaSConfig())
+    else:
+        model = with_adapter(loaded.model, config.adapter, trainable=True)
+    bases = PairBases(model, Prompter(loaded), config)
+    for given in filter(None, (real, older)):
+        given.check_fits(bases.model)
     if config.control == "random":
         basis = random_basis(real, config.seed)
     elif config.control == "flipped":
@@ -117,6 +124,12 @@ def extract(config: ExtractConfig) -> HackBasis:
         basis = bases.real()
     basis.save(config.out)
     logger.info("\n" + describe(basis))
+    if older is not None:
+        overlap = basis.overlap(older)
+        shared = (
+            "no module in common" if overlap.mean is None else f"{overlap.mean:.3f} (unrelated: {overlap.null:.3f})"
+        )
+        logger.info(f"overlap with {config.compare}: {shared}, {overlap.n_came} modules came, {overlap.n_went} went")
     logger.info(f"wrote {config.out}" + (f" ({loaded.note})" if loaded.note else ""))
     return basis
 

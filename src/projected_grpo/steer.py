@@ -24,12 +24,13 @@ from projected_grpo.config import EvalConfig, TrainConfig
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import saving_faults
-from projected_grpo.evaluate import check_adapter, measure, with_adapter
+from projected_grpo.evaluate import measure
 from projected_grpo.models import load_model
 from projected_grpo.paths import check_out
 from projected_grpo.projection import Projector
 from projected_grpo.prompting import Prompter
 from projected_grpo.run_state import evaluation_of
+from projected_grpo.saved_adapter import check_adapter, with_adapter
 from projected_grpo.sources import problems_of
 
 BASE = "base"

@@ -122,8 +122,9 @@ def staleness(study: Study) -> Plot:
     arms = [arm for arm in study.arms.values() if len(series(arm, "refresh/overlap")[0])]
     if not arms:
         return Plot("staleness", title, "", why_not="no run refreshes its basis (--vhack-refresh-every)")
-    figure, grid = figure_of(1, 2, 3.6, sharey=True)
     keys = {"refresh/overlap": "overlap with the one before", "refresh/overlap_first": "overlap with the first"}
+    keys = {key: name for key, name in keys.items() if any(len(series(arm, key)[0]) for arm in arms)}
+    figure, grid = figure_of(1, len(keys), 3.6, sharey=True)
     for axes, (key, name) in zip(grid[0], keys.items(), strict=True):
         for arm in arms:
             look = look_of(study, arm) | {"marker": ""}
