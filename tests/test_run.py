@@ -264,7 +264,7 @@ def test_the_basis_of_a_trained_policy_stands_beside_an_older_one(finished, tmp_
     assert basis.info.delta_norm > 0
     overlap = basis.overlap(HackBasis.load(older))
     assert overlap.mean < 1
-    assert any(f"overlap with {older}: {overlap.mean:.3f} (unrelated {overlap.null:.3f})" in line for line in lines)
+    assert any(f"overlap with {older}: {overlap.mean:.3f} (unrelated: {overlap.null:.3f})" in line for line in lines)
     with pytest.raises(InputError, match="trained policy"):  # and it is no basis to start a run from
         train(replace(config, basis=tmp_path / "aged.safetensors", out_root=tmp_path, steps=1))
 
