@@ -13,7 +13,8 @@ from torch import nn
 from projected_grpo.adapter import DeltaSConfig, delta_s_modules, delta_s_parameters
 from projected_grpo.basis import HackBasis
 from projected_grpo.errors import InputError
-from projected_grpo.projection import ProjectionCallback, joint_norm
+from projected_grpo.projection import ProjectionCallback
+from projected_grpo.projector import joint_norm
 
 GATES = ("one_sided", "no_gate", "reverse")
 TARGETS = ("grad", "update", "both", "displacement")

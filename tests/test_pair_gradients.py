@@ -21,7 +21,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.models import load_model
 from projected_grpo.pair_gradients import EncodedPair, encode_pair, encode_pairs, pair_gradients
 from projected_grpo.pairs import ContrastivePair, PairSet, load_pairs
-from projected_grpo.projection import project
+from projected_grpo.projector import project
 
 TEMPERATURE = 0.7
 MAX_COMPLETION_LENGTH = 64

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from projected_grpo.basis import HackBasis
-from projected_grpo.projection import Projector, hackward_part, joint_norm, project
+from projected_grpo.projector import Projector, hackward_part, joint_norm, project
 
 GATES = ("one_sided", "no_gate", "reverse")
 EDGES = settings(max_examples=40, derandomize=True, deadline=None)

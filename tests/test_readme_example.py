@@ -12,7 +12,7 @@ from projected_grpo import DeltaSConfig, HackBasis, ProjectionCallback, load_pai
 from projected_grpo.adapter import delta_s_modules, delta_s_parameters
 from projected_grpo.errors import InputError
 from projected_grpo.models import load_model
-from projected_grpo.projection import joint_norm
+from projected_grpo.projector import joint_norm
 
 N_STEPS = 2
 

@@ -17,7 +17,8 @@ from projected_grpo.env.rewards import CodeReward
 from projected_grpo.models import load_model
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pool import load_pool
-from projected_grpo.projection import ProjectionCallback, joint_norm
+from projected_grpo.projection import ProjectionCallback
+from projected_grpo.projector import joint_norm
 from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.run import grpo_config
 from projected_grpo.trainer import SOURCES, ProjectedGRPOTrainer

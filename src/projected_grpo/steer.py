@@ -27,7 +27,7 @@ from projected_grpo.errors import saving_faults
 from projected_grpo.evaluate import measure
 from projected_grpo.models import load_model
 from projected_grpo.paths import check_out
-from projected_grpo.projection import Projector
+from projected_grpo.projector import Projector
 from projected_grpo.prompting import Prompter
 from projected_grpo.run_state import evaluation_of
 from projected_grpo.saved_adapter import check_adapter, with_adapter

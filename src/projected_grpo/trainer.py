@@ -31,7 +31,8 @@ from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import RunFault
 from projected_grpo.merged_forward import unchanging
 from projected_grpo.pool import TeacherPool
-from projected_grpo.projection import ProjectionCallback, joint_norm
+from projected_grpo.projection import ProjectionCallback
+from projected_grpo.projector import joint_norm
 from projected_grpo.rollout_grads import rollout_scores
 from projected_grpo.row_grads import RowGradRecorder
 from projected_grpo.step_meters import MemoryMeter, StepTimer
