@@ -16,7 +16,8 @@ from loguru import logger
 
 from projected_grpo import steplog
 from projected_grpo.errors import InputError
-from projected_grpo.steplog import COLUMNS, RunKind, StepLog, format_row, header, legend, read_metrics
+from projected_grpo.step_columns import COLUMNS, RunKind, format_row, header, legend
+from projected_grpo.steplog import StepLog, read_metrics
 
 PROJECTED = ("projected", "one_sided", "grad")
 numbers = (
