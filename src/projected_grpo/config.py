@@ -95,6 +95,11 @@ class BasisOptions(ModelOptions):
         _require(self.n_pairs is None or self.n_pairs >= 1, f"--n-pairs {self.n_pairs} must be at least 1")
         _require(self.n_pairs is not None or not self.pairs_by_seed, "--pairs-by-seed needs --n-pairs")
 
+    @property
+    def pairs_seed(self) -> int:
+        """By which `n_pairs` of the pairs are drawn."""
+        return self.seed if self.pairs_by_seed else 0
+
 
 @dataclass(frozen=True)
 class ExtractConfig(BasisOptions):

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 from loguru import logger
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from projected_grpo.adapter import DeltaSConfig
 from projected_grpo.basis import HackBasis, check_top_k
 from projected_grpo.config import BasisOptions, ExtractConfig
 from projected_grpo.controls import flipped_basis, random_basis
@@ -16,7 +15,7 @@ from projected_grpo.pair_gradients import EncodedPair, encode_pairs
 from projected_grpo.pairs import PairSet, select
 from projected_grpo.paths import check_out
 from projected_grpo.prompting import Prompter
-from projected_grpo.saved_adapter import check_adapter, with_adapter
+from projected_grpo.saved_adapter import adapted, check_adapter
 from projected_grpo.sources import pairs_named, pairs_selected, placebo_of
 
 SHARE_AT = (1, 2, 4, 8, 12, 24)
@@ -83,8 +82,7 @@ class PairBases:
 
 def pairs_of(options: BasisOptions) -> PairSet:
     """The configured pairs."""
-    seed = options.seed if options.pairs_by_seed else 0
-    return pairs_selected(options.pairs, options.pairs_without, options.n_pairs, seed)
+    return pairs_selected(options.pairs, options.pairs_without, options.n_pairs, options.pairs_seed)
 
 
 def placebos_of(options: BasisOptions, kind: str) -> PairSet:
@@ -107,11 +105,7 @@ def extract(config: ExtractConfig) -> HackBasis:
         check_adapter(config.adapter)
     check_top_k(config.v_hack_k, len(pairs_of(config)))
     loaded = load_model(config.model, config.dtype, config.device)
-    if config.adapter is None:
-        model = get_peft_model(loaded.model, DeltaSConfig())
-    else:
-        model = with_adapter(loaded.model, config.adapter, trainable=True)
-    bases = PairBases(model, Prompter(loaded), config)
+    bases = PairBases(adapted(loaded.model, config.adapter, trainable=True), Prompter(loaded), config)
     for given in filter(None, (real, older)):
         given.check_fits(bases.model)
     if config.control == "random":

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from projected_grpo.adapter import DeltaSConfig
 from projected_grpo.errors import InputError
 
 
@@ -29,3 +30,10 @@ def with_adapter(model, adapter: Path, trainable: bool = False) -> PeftModel:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except ValueError as error:  # another base model: the adapter's own check names the module
         raise InputError(f"--adapter {adapter} does not fit --model: {error}") from error
+
+
+def adapted(model, adapter: Path | None, trainable: bool = False) -> PeftModel:
+    """`model` with the saved adapter, or with a fresh one at δ = 0. Raises InputError as `with_adapter` does."""
+    if adapter is None:
+        return get_peft_model(model, DeltaSConfig())
+    return with_adapter(model, adapter, trainable)

@@ -5,7 +5,6 @@ A run's V δ and its hack rate go together over arms, which says nothing of caus
 same says what moving as far in any direction does. `base` is the model without training, δ = 0.
 """
 
-import io
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,9 @@ from typing import Any
 
 import torch
 from loguru import logger
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from projected_grpo.adapter import DeltaSConfig, delta_s_parameters
+from projected_grpo.adapter import delta_s_parameters
 from projected_grpo.basis import HackBasis
 from projected_grpo.config import EvalConfig, TrainConfig
 from projected_grpo.env.grader import Grader
@@ -30,7 +29,7 @@ from projected_grpo.paths import check_out
 from projected_grpo.projector import Projector
 from projected_grpo.prompting import Prompter
 from projected_grpo.run_state import evaluation_of
-from projected_grpo.saved_adapter import check_adapter, with_adapter
+from projected_grpo.saved_adapter import adapted, check_adapter
 from projected_grpo.sources import problems_of
 
 BASE = "base"
@@ -70,10 +69,7 @@ def steer(runs: Sequence[Path], basis_file: Path, at: Sequence[float], samples: 
 def _steered(config: EvalConfig, basis: HackBasis, at: Sequence[float], named: dict[str, Any]) -> list[dict[str, Any]]:
     """One policy, as it is (`set_to` None) and at each V δ: hack and pass rates by mode."""
     loaded = load_model(config.model, config.dtype, config.device)
-    if config.adapter is None:
-        model = get_peft_model(loaded.model, DeltaSConfig())
-    else:
-        model = with_adapter(loaded.model, config.adapter)
+    model = adapted(loaded.model, config.adapter)
     basis.check_fits(model)
     prompter = Prompter(loaded, wording=config.wording)
     problems = problems_of(config.problems)[: config.limit]
@@ -139,26 +135,21 @@ def format_table(rows: Sequence[dict]) -> str:
 def draw(rows: Sequence[dict], kind: str) -> bytes:
     """PNG: hack and pass rate over V δ, a line an arm through its means, a point a run; a cross where the run was."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    from projected_grpo.report.drawing import LINES, MARKERS, PALETTE, STYLE, WIDTH
+    from projected_grpo.report.drawing import STYLE, figure_of, finish, look_at
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
-        grid = figure.subplots(1, 2, sharex=True)
-        for axes, rate in zip(grid, ("hack", "pass"), strict=True):
+        figure, grid = figure_of(1, 2, 4.0, sharex=True)
+        for axes, rate in zip(grid[0], ("hack", "pass"), strict=True):
             for i, (arm, by_value) in enumerate(_means(rows, rate).items()):
-                colour = PALETTE[i % len(PALETTE)]
+                look = look_at(i)
                 set_to = [value for value in by_value if value is not None]
                 means = [statistics.fmean(by_value[value]) for value in set_to]
-                look = {"color": colour, "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
                 axes.plot(set_to, means, lw=1.6, markersize=5, label=arm, **look)
                 was = [row["v_delta"] for row in rows if row["arm"] == arm and row["set_to"] is None]
-                axes.plot(was, by_value[None], "x", color=colour, markersize=7)
+                axes.plot(was, by_value[None], "x", color=look["color"], markersize=7)
             axes.set_ylim(bottom=-0.02)
             axes.set_title(f"{rate} rate, held-out")
             axes.set_xlabel(f"V δ along the {kind} basis (cross: as trained)")
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
-        return image.getvalue()
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        return finish(figure, "steer", "", "").png

@@ -124,9 +124,7 @@ def _sweep(
 def basis_path(config: TrainConfig) -> Path:
     """Where a sweep keeps the real basis of `config`, named by what decides it, the pairs' own texts included."""
     decides = {name: getattr(config, name) for name in DECIDE_BASIS}
-    decides["pairs"] = _pairs_hash(
-        config.pairs, config.pairs_without, config.n_pairs, config.seed if config.pairs_by_seed else 0
-    )
+    decides["pairs"] = _pairs_hash(config.pairs, config.pairs_without, config.n_pairs, config.pairs_seed)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return config.out_root / config.preset / "bases" / f"{digest[:12]}.safetensors"
 

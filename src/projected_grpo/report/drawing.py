@@ -75,7 +75,11 @@ def figure_of(rows: int, columns: int, height: float, **kwargs) -> tuple[Figure,
 
 def look_of(study: Study, arm: Arm) -> dict:
     """Colour, line and marker of an arm, the same in every plot."""
-    i = list(study.arms).index(arm.name)
+    return look_at(list(study.arms).index(arm.name))
+
+
+def look_at(i: int) -> dict:
+    """Of the i-th arm."""
     shifted = (i + i // len(PALETTE)) % len(PALETTE)  # a ninth arm has the first one's colour, and another line
     return {"color": PALETTE[i % len(PALETTE)], "linestyle": LINES[shifted], "marker": MARKERS[shifted]}
 

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from scipy import stats
 
-from projected_grpo.report.compare import BOOTSTRAP_SEED, Arm, Study
+from projected_grpo.report.compare import BOOTSTRAP_SEED, Study, summarise
 from projected_grpo.report.runs import Run
 from projected_grpo.report.settings import runs_of
 from projected_grpo.report.table import NONE, Table, p_value, percent
@@ -105,7 +105,7 @@ def displacement_table(study: Study, moved: dict[str, Displacement]) -> Table | 
         spread = f"{min(along):+.2f} to {max(along):+.2f}" if len(along) > 1 else NONE
         share, norm = np.mean([one.in_span for one in those]), np.mean([one.norm for one in those])
         cells = [arm.name, str(len(those)), f"{np.mean(along):+.2f}", spread, percent(float(share)), f"{norm:.2f}"]
-        rows.append(cells + [percent(_mean(arm, study, rate)) for rate in ("hack", "pass")])
+        rows.append(cells + [percent(summarise(arm, study.main(rate)).mean) for rate in ("hack", "pass")])
     if not rows:
         return None
     hack = study.main("hack")
@@ -158,11 +158,6 @@ def _kept(runs: Sequence[Run]) -> str:
 
 def _over_runs(runs: Sequence[Run], of: Callable[[Sequence[Metrics]], float | None]) -> float | None:
     values = [value for run in runs if run.metrics and (value := of(run.metrics)) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _mean(arm: Arm, study: Study, rate: str) -> float | None:
-    values = list(arm.values(study.main(rate)).values())
     return float(np.mean(values)) if values else None
 
 

@@ -125,27 +125,25 @@ def difference_tables(study: Study, comparisons: Comparisons) -> list[Table]:
     if not study.pairs:
         note = "There is no vanilla run of any arm's settings (or more than one label), so no difference is computed."
         return [Table("differences", "Differences to vanilla", ["arm"], [], [note])]
-    tables = []
-    for (source, mode), measures in _groups(study).items():
-        pairs = [comparisons[arm.name, measure] for arm, _ in study.pairs for measure in measures]
-        if pairs:
-            title = f"Differences to vanilla: {_title(source, mode)}"
-            family = "the comparisons with vanilla of the same rate, in this table"
-            table = paired_table(f"differences-{_slug(source, mode)}", title, pairs, family)
-            others = [f"{arm.name} is compared with {v.name}." for arm, v in study.pairs if v is not study.vanilla]
-            others += [f"{a.name}: no vanilla of its settings." for a in study.others if a.name not in study.references]
-            tables.append(replace(table, notes=[*table.notes, *others]))
-    return tables
+    others = [f"{arm.name} is compared with {v.name}." for arm, v in study.pairs if v is not study.vanilla]
+    others += [f"{a.name}: no vanilla of its settings." for a in study.others if a.name not in study.references]
+    tables = _tables_of(study, comparisons, "differences", "vanilla")
+    return [replace(table, notes=[*table.notes, *others]) for table in tables]
 
 
 def against_tables(study: Study, comparisons: Comparisons, against: str) -> list[Table]:
     """Every other arm minus the arm `against` on the same seeds, as `difference_tables` does it for vanilla."""
+    return _tables_of(study, comparisons, "against", against)
+
+
+def _tables_of(study: Study, comparisons: Comparisons, key: str, reference: str) -> list[Table]:
+    """A table for each source and mode."""
     tables = []
     for (source, mode), measures in _groups(study).items():
         pairs = [paired for (_, measure), paired in comparisons.items() if measure in measures]
-        family = f"the comparisons with {against} of the same rate, in this table"
-        title = f"Differences to {against}: {_title(source, mode)}"
-        tables.append(paired_table(f"against-{_slug(source, mode)}", title, pairs, family))
+        family = f"the comparisons with {reference} of the same rate, in this table"
+        title = f"Differences to {reference}: {_title(source, mode)}"
+        tables.append(paired_table(f"{key}-{_slug(source, mode)}", title, pairs, family))
     return tables
 
 
