@@ -124,6 +124,11 @@ changes *flags:
     projected-grpo sweep sweeps/changes.toml {{flags}}
     projected-grpo report out/changes/micro --out out/changes/report --against projected-update --overwrite
 
+# eight base models with a seed of their own, eight arms on each, and their report
+bases *flags:
+    projected-grpo sweep sweeps/bases.toml {{flags}}
+    projected-grpo report out/bases/micro --out out/bases/report --against projected --overwrite
+
 # half teacher rows: all of the gradient projected, the student's part alone, or the update; five seeds, and its report
 teacher-rows *flags:
     projected-grpo sweep sweeps/teacher_rows.toml {{flags}}

@@ -279,3 +279,13 @@ def test_runs_of_other_presets_and_other_base_models_are_left_out(tmp_path):
     assert found["fast", 41] == "preset: the compared runs have smoke, this one fast"
     assert found["smoke", 44] == "base model: the compared runs have d02d, this one 8270"
     assert found["smoke", 45] == f"unfinished: step {STEPS} of {STEPS}"
+
+
+def test_seeds_with_models_of_their_own_are_compared_and_two_weights_of_one_name_are_not(tmp_path):
+    for seed, fingerprint in ((41, "d02d"), (42, "8270"), (43, "11aa")):
+        for arm in ("vanilla", "projected"):
+            write_run(tmp_path, arm, seed=seed, fingerprint=fingerprint, model=f"micro-{seed}")
+    write_run(tmp_path, "random", seed=41, fingerprint="ffff", model="micro-41")
+    found = {(run.kind, run.seed): run.left_out for run in find_runs([tmp_path])}
+    assert found.pop(("random", 41)) == "base model: the compared runs have d02d, this one ffff"
+    assert set(found.values()) == {None}

@@ -179,6 +179,7 @@ def tries_of(run):
         ("adam", 27, 1),
         ("teacher_rows", 25, 1),
         ("changes", 72, 1),
+        ("bases", 64, 8),
     ],
 )
 def test_the_sweeps_that_come_with_the_project(name, runs, bases):
@@ -209,6 +210,13 @@ def test_a_file_gives_the_presets_settings_but_for_what_it_says(sweep_file, tmp_
     assert evaluation.trained_on == "train"
     assert [config.seed for config, _ in read_sweep(sweep_file(), seeds=[7]).runs] == [7, 7]
     assert read_sweep(sweep_file(), out_root=tmp_path / "b").folder == tmp_path / "b" / "smoke"
+
+
+def test_each_seed_may_have_a_model_of_its_own(sweep_file):
+    plan = read_sweep(sweep_file(lambda text: text.replace("steps = 4", 'steps = 4\nmodel = "micro-{seed}"')))
+    assert [config.model for config, _ in plan.runs] == ["micro-41", "micro-41", "micro-42", "micro-42"]
+    assert [evaluation.model for _, evaluation in plan.runs] == [config.model for config, _ in plan.runs]
+    assert len({config.basis for config, _ in plan.runs}) == 2
 
 
 def test_a_basis_is_named_by_what_decides_it_and_by_nothing_else(sweep_file):

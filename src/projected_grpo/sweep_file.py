@@ -1,8 +1,9 @@
 """What to run: a sweep file, or a preset with arms and seeds, into the configs of its runs.
 
 A sweep file is TOML: `preset`, `seeds`, `out_root`, a table `[common]` and one `[[run]]` for each run, both of
-`TrainConfig`'s fields, and a table `[eval]` of `EvalConfig`'s. Everything is checked before anything starts; what is
-wrong is named with its file and entry. Left out on purpose: grids; a run that is not written down is not run.
+`TrainConfig`'s fields, and a table `[eval]` of `EvalConfig`'s. `{seed}` in a `model` stands for the run's seed, so
+that each seed may have a base model of its own. Everything is checked before anything starts; what is wrong is named
+with its file and entry. Left out on purpose: grids; a run that is not written down is not run.
 """
 
 import hashlib
@@ -107,6 +108,7 @@ def _sweep(
         for where, values in settings:
             with _named(where):
                 config = replace(defaults, **values, seed=seed, out_root=out_root)
+                config = replace(config, model=config.model.replace("{seed}", str(seed)))
                 problems_of(config.problems)
                 if config.basis is None:
                     config = replace(config, basis=basis_path(config))

@@ -84,7 +84,11 @@ def find_runs(roots: Sequence[Path]) -> list[Run]:
     runs = sorted(runs, key=lambda run: (_place(run), run.seed))
     runs = _leave_out_minority(runs, lambda run: run.config["preset"], "preset")
     runs = _leave_out_minority(runs, lambda run: run.steps, "steps")
-    return _mark_evaluations(_leave_out_minority(runs, lambda run: run.base_model, "base model"))
+    for model in dict.fromkeys(run.config.get("model") for run in runs):  # a sweep may have one for each seed
+        runs = _leave_out_minority(
+            runs, lambda run: run.base_model, "base model", lambda run, model=model: run.config.get("model") == model
+        )
+    return _mark_evaluations(runs)
 
 
 def from_here(path: Path) -> Path:
@@ -233,16 +237,19 @@ def _place(run: Run) -> tuple[int, bool, str]:
     return order.index(run.kind) if run.kind in order else len(order), run.name != run.kind, run.name
 
 
-def _leave_out_minority(runs: list[Run], value: Callable[[Run], Any], what: str) -> list[Run]:
-    """Finished runs with another value than most of them are in no mean; of two as frequent, the greater one counts."""
-    counts = Counter(value(run) for run in runs if run.left_out is None)
+def _leave_out_minority(
+    runs: list[Run], value: Callable[[Run], Any], what: str, of: Callable[[Run], bool] = lambda run: True
+) -> list[Run]:
+    """Finished runs, of those meant, with another value than most of them are in no mean; of two as frequent, the
+    greater one counts."""
+    counts = Counter(value(run) for run in runs if run.left_out is None and of(run))
     if len(counts) < 2:
         return runs
     usual = max(counts, key=lambda one: (counts[one], one))
     why = f"{what}: the compared runs have {usual}, this one "
     return [
         replace(run, left_out=f"{why}{value(run) or 'does not say'}", evaluation=None)
-        if run.left_out is None and value(run) != usual
+        if run.left_out is None and of(run) and value(run) != usual
         else run
         for run in runs
     ]
