@@ -50,3 +50,19 @@ def test_messages_and_prefill(reward):
 def test_unknown_problem_is_refused(reward):
     with pytest.raises(InputError, match="names problem 'nobody'"):
         reward([None], ["x"], problem_id=["nobody"], mode=["none"], test_func_name=["run_tests"])
+
+
+def test_a_text_keeps_its_grade_as_long_as_it_is_among_the_last_ones_named(monkeypatch):
+    asked = []
+
+    class Counting(Grader):
+        def grade(self, requests):
+            asked.append([request.completion for request in requests])
+            return super().grade(requests)
+
+    monkeypatch.setattr("projected_grpo.env.rewards.KNOWN", 2)
+    with Counting(1) as grader:
+        reward = CodeReward(grader, [PROBLEM])
+        for text in (RIGHT, WRONG, RIGHT, "no code", RIGHT, WRONG):
+            reward([None], [text], **columns(1))
+    assert asked == [[RIGHT], [WRONG], [], ["no code"], [], [WRONG]]

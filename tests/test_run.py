@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 
@@ -47,6 +48,16 @@ def rollouts_of(config):
         return [json.loads(line) for line in file]
 
 
+@contextmanager
+def logged():
+    lines = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
+    try:
+        yield lines
+    finally:
+        logger.remove(sink)
+
+
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory, request):
     """One projected run, made once for the tests that only look at it."""
@@ -62,7 +73,7 @@ def finished(material, tmp_path_factory, request):
         steps=4,
         max_completion_length=220,
         rollout_grad_every=2,
-        save_every=2,
+        save_every=1,
         vhack_refresh_every=3,
         grader_workers=1,
     )
@@ -224,17 +235,26 @@ def test_a_folder_in_use_is_refused(small_config):
     os.close(handle)
 
 
-def test_a_kill_that_tears_files_and_a_checkpoint_costs_no_more_than_the_steps_since(finished, tmp_path):
+@pytest.mark.parametrize("damage", ["its seal", pytest.param("optimizer.pt", marks=pytest.mark.slow)])
+def test_a_torn_or_damaged_checkpoint_and_torn_files_cost_no_more_than_the_steps_since(finished, tmp_path, damage):
     config, _ = finished
     torn = replace(config, out_root=tmp_path)
     shutil.copytree(config.run_dir, torn.run_dir)
     shutil.rmtree(torn.run_dir / "adapter")
     (torn.run_dir / "config.json").write_text(torn.to_json())
-    (torn.run_dir / "checkpoints" / "checkpoint-4" / "basis.safetensors").unlink()  # written last: so it is not whole
+    checkpoint = torn.run_dir / "checkpoints" / "checkpoint-3"  # from the last step nothing is resumed
+    if damage == "its seal":
+        (checkpoint / "files.json").unlink()  # written last: so it was not written to its end
+    else:
+        content = bytearray((checkpoint / damage).read_bytes())
+        content[len(content) // 2] ^= 1
+        (checkpoint / damage).write_bytes(content)
     for name, cut in (("rollouts.jsonl.gz", 5), ("metrics.jsonl", 9)):
         path = torn.run_dir / name
         path.write_bytes(path.read_bytes()[:-cut])
-    train(replace(torn, resume=True))
+    with logged() as lines:
+        train(replace(torn, resume=True))
+    assert any("checkpoint-3 was not written to its end, or is damaged" in line for line in lines)
     assert rows_of(torn) == rows_of(config)
     assert rollouts_of(torn) == rollouts_of(config)
 
@@ -253,14 +273,10 @@ def test_a_resume_before_the_first_checkpoint_begins_again(finished, tmp_path):
 def test_the_basis_of_a_trained_policy_stands_beside_an_older_one(finished, tmp_path):
     """The run refreshes before step 4, so the policy of checkpoint 2 is not the one of the end."""
     config, _ = finished
-    lines = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
     made = copy_fields(ExtractConfig, BasisOptions, config)
     adapter, older = config.run_dir / "checkpoints" / "checkpoint-2", config.run_dir / "basis.safetensors"
-    try:
+    with logged() as lines:
         basis = extract(replace(made, adapter=adapter, compare=older, out=tmp_path / "aged.safetensors"))
-    finally:
-        logger.remove(sink)
     assert basis.info.delta_norm > 0
     overlap = basis.overlap(HackBasis.load(older))
     assert overlap.mean < 1

@@ -16,6 +16,7 @@ import pytest
 
 from projected_grpo.cli import main
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.paths import seal
 from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import LAST_FILE, state_of
 from projected_grpo.sweep import sweep
@@ -342,8 +343,12 @@ def test_the_state_of_a_run_is_read_off_its_folder(tmp_path):
     assert state_of(config, evaluation) == "start"
     for checkpoint in (end, whole):  # from its end a trainer would do one step more
         checkpoint.mkdir()
-        (checkpoint / LAST_FILE).write_text("")
+        (checkpoint / "optimizer.pt").write_text("x")
+        seal(checkpoint)
         assert state_of(config, evaluation) == ("resume" if checkpoint == whole else "start")
+    (whole / "optimizer.pt").write_text("y")
+    assert state_of(config, evaluation) == "start"
+    (whole / "optimizer.pt").write_text("x")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     assert state_of(config, evaluation) == "resume"

@@ -24,6 +24,7 @@ from projected_grpo.config import TokenReduction
 from projected_grpo.errors import InputError
 from projected_grpo.models import model_fingerprint
 from projected_grpo.pair_gradients import EncodedPair, encode_pairs, pair_gradients
+from projected_grpo.paths import replacing
 from projected_grpo.svd import fingerprint_mismatch
 from projected_grpo.version import code_version
 
@@ -267,10 +268,8 @@ class HackBasis:
             "checksum": _checksum(tensors),
         }
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"basis": json.dumps(about)})
-        temporary.replace(path)
+        with replacing(path) as scratch:
+            save_file(tensors, scratch, metadata={"basis": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path | str) -> "HackBasis":

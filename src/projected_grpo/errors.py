@@ -5,6 +5,8 @@
 and exits 1. Everything else is a bug and keeps its traceback.
 """
 
+import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,24 @@ def saving_faults(path: Path) -> Iterator[None]:
         text = f"problem {fault.problem_id}\n{fault.completion}\n"
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
         raise RunFault(f"{fault}; what caused it is in {path}") from fault
+
+
+@contextmanager
+def naming_a_full_disk(folder: Path, remedy: str) -> Iterator[None]:
+    """A disk that is full comes out of each library in its own words, or in none; here it becomes one line.
+
+    Raises:
+        RunFault: something inside failed, and it says that no space is left, or there is less than 1 MB on the disk.
+    """
+    try:
+        yield
+    except (RunFault, InputError):
+        raise
+    except Exception as error:
+        says_so = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not says_so and "No space left" not in str(error) and shutil.disk_usage(folder).free > 1e6:
+            raise
+        raise RunFault(f"the disk that {folder} lies on is full; {remedy}") from error
 
 
 class RunInterrupted(Exception):

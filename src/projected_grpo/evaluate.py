@@ -25,7 +25,7 @@ from projected_grpo.env.prompts import eval_test_func_name
 from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import InputError, saving_faults
 from projected_grpo.models import load_model
-from projected_grpo.paths import check_out
+from projected_grpo.paths import check_out, replacing
 from projected_grpo.prompting import Prompter
 from projected_grpo.saved_adapter import check_adapter, with_adapter
 from projected_grpo.sources import problems_of
@@ -65,10 +65,8 @@ def evaluate(config: EvalConfig) -> dict:
         "modes": modes,
         "samples": samples,
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = config.out.with_name(config.out.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(config.out)
+    with replacing(config.out) as scratch:
+        scratch.write_text(json.dumps(result, indent=1) + "\n")
     logger.info("\n" + format_table(modes, len(problems), config.samples))
     logger.info(f"wrote {config.out}" + (f" ({loaded.note})" if loaded.note else ""))
     return result

@@ -3,8 +3,6 @@
 A cached folder is checked against the hashes written beside its files and built again where they differ.
 """
 
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from projected_grpo.paths import cache_dir
+from projected_grpo.errors import InputError
+from projected_grpo.paths import cache_dir, is_whole, seal
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-_MANIFEST = "files.json"
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -38,16 +36,13 @@ def cached(key: str, build: Callable[[Path], None]) -> Path:
         return target
     import torch
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        logger.warning(f"{target}: damaged cache entry; building it again")
-        shutil.rmtree(target)
+    _make_writable(target)
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=target.parent) as scratch:
         folder = Path(scratch, key)
         folder.mkdir()
         with torch.random.fork_rng(devices=[]):  # even loading a GGUF draws random numbers
             build(folder)
-        (folder / _MANIFEST).write_text(json.dumps(_hashes(folder), indent=1))
+        seal(folder)
         try:
             folder.rename(target)
         except OSError:  # another process was faster; its entry is as good if it is whole
@@ -56,18 +51,18 @@ def cached(key: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.iterdir() if path.name != _MANIFEST)
-    hashes = {}
-    for path in files:
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def is_whole(folder: Path) -> bool:
-    manifest = folder / _MANIFEST
-    return manifest.is_file() and manifest.read_text() == json.dumps(_hashes(folder), indent=1)
+def _make_writable(target: Path) -> None:
+    """The folder above `target`, and nothing at `target`. Raises InputError where that cannot be."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            logger.warning(f"{target}: damaged cache entry; building it again")
+            shutil.rmtree(target)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise InputError(
+            f"the cache {cache_dir()} cannot be written ({error.strerror}); set PROJECTED_GRPO_CACHE to another folder"
+        ) from error
 
 
 def wrap(tokenizer: "Tokenizer", chat_template: str, max_length: int) -> "PreTrainedTokenizerBase":

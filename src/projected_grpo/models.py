@@ -25,15 +25,8 @@ from loguru import logger
 
 from projected_grpo.errors import InputError
 from projected_grpo.micro.base import base_parts, micro_key
-from projected_grpo.model_cache import (
-    CHAT_TEMPLATE,
-    cached,
-    is_whole,
-    quiet,
-    versions,
-    wrap,
-)
-from projected_grpo.paths import cache_dir
+from projected_grpo.model_cache import CHAT_TEMPLATE, cached, quiet, versions, wrap
+from projected_grpo.paths import cache_dir, is_whole
 from projected_grpo.random_models import TINY_ARCHITECTURE, build_qwen3_4b, build_tiny, qwen3_4b_parts, tiny_parts
 
 if TYPE_CHECKING:

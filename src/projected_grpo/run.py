@@ -27,10 +27,11 @@ from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import Problem
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.env.sandbox import Limits
-from projected_grpo.errors import InputError, RunInterrupted, saving_faults
+from projected_grpo.errors import InputError, RunInterrupted, naming_a_full_disk, saving_faults
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import load_model
 from projected_grpo.pairs import PairSet
+from projected_grpo.paths import existing, replacing
 from projected_grpo.pool import ROLLOUTS, TeacherPool, load_pool
 from projected_grpo.projection import ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
@@ -87,8 +88,13 @@ def train(config: TrainConfig) -> str:
     model = get_peft_model(loaded.model, DeltaSConfig())
     callback = projection_of(config, model, prompter, basis)
     args = grpo_config(config, prompter)
-    with _run_folder(config) as folder:
+    go_on = f"free some and go on with {_resume_line(config)}"
+    with naming_a_full_disk(existing(config.run_dir), go_on), _run_folder(config) as folder:
         return _train(config, folder, args, model, prompter, dataset, problems, pool, callback)
+
+
+def _resume_line(config: TrainConfig) -> str:
+    return f"projected-grpo train --config {config.run_dir / 'config.json'} --resume"
 
 
 def check_enough(config: TrainConfig, problems: list[Problem]) -> None:
@@ -192,7 +198,7 @@ def _train(
         if stopper.stopped and trainer.state.global_step < config.steps:
             raise RunInterrupted(
                 f"stopped at step {trainer.state.global_step} of {config.steps} with a checkpoint; go on with "
-                f"projected-grpo train --config {config.run_dir / 'config.json'} --resume"
+                + _resume_line(config)
             )
         trainer.save_model(str(folder / "adapter"))
         (folder / "adapter" / "README.md").write_text(_model_card(config))
@@ -322,10 +328,8 @@ class _RolloutFile:
         self.path = path
         if path.exists():
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step]
-            temporary = path.with_name(path.name + ".tmp")
-            with gzip.open(temporary, "wt") as file:
+            with replacing(path) as scratch, gzip.open(scratch, "wt") as file:
                 file.writelines(kept)
-            temporary.replace(path)
 
     def __call__(self, rows: list[dict]) -> None:
         with gzip.open(self.path, "at") as file:
@@ -361,7 +365,8 @@ def _run_folder(config: TrainConfig) -> Iterator[Path]:
         if not config.resume:
             for entry in folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            (folder / "config.json").write_text(replace(config, overwrite=False).to_json())
+            with replacing(folder / "config.json") as scratch:
+                scratch.write_text(replace(config, overwrite=False).to_json())
         note_start(folder)
         yield folder
 

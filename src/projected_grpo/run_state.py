@@ -22,12 +22,13 @@ from loguru import logger
 from projected_grpo.cli_options import copy_fields
 from projected_grpo.config import EvalConfig, TrainConfig
 from projected_grpo.errors import InputError
+from projected_grpo.paths import is_whole, replacing
 from projected_grpo.version import code_version
 
 State = Literal["done", "evaluate", "resume", "start"]
 STARTS = "starts.json"
 LAST_FILE = "basis.safetensors"
-"""What a checkpoint, and a trained run's folder, is given last: with it the rest is whole."""
+"""What a trained run's folder is given last: with it the rest is whole."""
 NOT_COMPARED = {"resume", "overwrite", "grader_workers"}
 EVAL_NOT_COMPARED = {"adapter", "out", "overwrite", "grader_workers", "device"}
 
@@ -38,13 +39,14 @@ def differing(saved: TrainConfig, config: TrainConfig) -> list[str]:
 
 
 def last_checkpoint(folder: Path, steps: int) -> Path | None:
-    """The newest checkpoint that was written whole, before the last step: a trainer resumed there would do one more."""
+    """The newest checkpoint before the last step that was sealed and has not changed since: a trainer resumed at the
+    last step would do one more."""
     found = {int(path.name.rpartition("-")[2]): path for path in (folder / "checkpoints").glob("checkpoint-*")}
     for step, path in sorted(found.items(), reverse=True):
-        if step < steps and (path / LAST_FILE).is_file():
+        if step < steps and is_whole(path):
             return path
         if step < steps:
-            logger.warning(f"{path} was not written to its end; going on from the one before it")
+            logger.warning(f"{path} was not written to its end, or is damaged; going on from the one before it")
     return None
 
 
@@ -55,9 +57,8 @@ def note_start(folder: Path) -> None:
         "code": code_version(),
         "command": shlex.join(["projected-grpo", *sys.argv[1:]]),
     }
-    temporary = folder / (STARTS + ".tmp")
-    temporary.write_text(json.dumps([*read_starts(folder), this], indent=1) + "\n")
-    temporary.replace(folder / STARTS)
+    with replacing(folder / STARTS) as scratch:
+        scratch.write_text(json.dumps([*read_starts(folder), this], indent=1) + "\n")
 
 
 def read_starts(folder: Path) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import saving_faults
 from projected_grpo.evaluate import measure
 from projected_grpo.models import load_model
-from projected_grpo.paths import check_out
+from projected_grpo.paths import check_out, replacing
 from projected_grpo.projector import Projector
 from projected_grpo.prompting import Prompter
 from projected_grpo.run_state import evaluation_of
@@ -60,9 +60,10 @@ def steer(runs: Sequence[Path], basis_file: Path, at: Sequence[float], samples: 
         for config, evaluation in zip(configs, evaluations, strict=True):
             rows += _steered(evaluation, basis, at, {"arm": config.name, "seed": config.seed})
     result = {"basis": str(basis_file), "kind": basis.info.kind, "samples": samples, "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    out.with_suffix(".png").write_bytes(draw(rows, basis.info.kind))
+    with replacing(out) as scratch:
+        scratch.write_text(json.dumps(result, indent=1) + "\n")
+    with replacing(out.with_suffix(".png")) as scratch:
+        scratch.write_bytes(draw(rows, basis.info.kind))
     return format_table(rows)
 
 

@@ -10,7 +10,6 @@ experiment trackers.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from projected_grpo.errors import InputError
+from projected_grpo.paths import replacing
 from projected_grpo.step_columns import RunKind, fit, format_row, header, legend
 
 Metrics = dict[str, Any]
@@ -131,8 +131,8 @@ class StepLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._metrics_file.close()
         logger.remove(self._file_handler)
+        self._metrics_file.close()  # last: on a full disk it fails
 
     def row(self, metrics: Mapping[str, Any]) -> None:
         """Print one step's row and append all of `metrics` (it needs "step") to `metrics.jsonl`."""
@@ -184,9 +184,8 @@ class StepLog:
         *lines, torn = self.metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
         rows = _parse(lines, self.metrics_path)
         kept = sum(row["step"] <= self.start_step for row in rows)
-        scratch = self.metrics_path.with_suffix(".tmp")
-        scratch.write_text("".join(line + "\n" for line in lines[:kept]), encoding="utf-8")
-        os.replace(scratch, self.metrics_path)
+        with replacing(self.metrics_path) as scratch:
+            scratch.write_text("".join(line + "\n" for line in lines[:kept]), encoding="utf-8")
         return kept, len(rows) - kept + bool(torn)
 
 

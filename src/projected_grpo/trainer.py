@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -30,6 +31,7 @@ from projected_grpo.encoding import encode_completion
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import RunFault
 from projected_grpo.merged_forward import unchanging
+from projected_grpo.paths import seal
 from projected_grpo.pool import TeacherPool
 from projected_grpo.projection import ProjectionCallback
 from projected_grpo.projector import joint_norm
@@ -84,6 +86,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._timer = StepTimer(self._begin_step)
         self.add_callback(self._timer)  # before the projection, whose refresh is a part of the step
         self.add_callback(projection)
+        self.add_callback(_Seal())
         self._on_row, self._on_rollouts = on_row, on_rollouts
         self._rollout_grad_every = rollout_grad_every
         self._offload = offload
@@ -293,6 +296,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         others = ("time/generation", "time/grading", "time/refresh", "time/rollout_grads")
         row["time/update"] = row["time/step"] - sum(row.get(part, 0.0) for part in others)
         self._reset_step()
+        # Every checkpoint holds the whole history: over a long run that is quadratic, and `on_row` has it all.
+        del self.state.log_history[:-1]
         if self.accelerator.is_main_process:
             self._on_row(row)
 
@@ -313,8 +318,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             "pool": self.pool.state_dict() if self.pool is not None else None,
             "pool_order": self._pool_order.getstate(),
         }
-        torch.save(state, folder / (STATE_FILE + ".tmp"))
-        (folder / (STATE_FILE + ".tmp")).replace(folder / STATE_FILE)
+        torch.save(state, folder / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -326,6 +330,14 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         if self.pool is not None:
             self.pool.load_state_dict(state["pool"])
             self._pool_order.setstate(state["pool_order"])
+
+
+class _Seal(TrainerCallback):
+    """After the projection's basis nothing more is written to a checkpoint."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _ByEpoch(Sampler):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from projected_grpo.errors import InputError
+from projected_grpo.paths import replacing
 
 REPOSITORY = "ariahw/rl-rewardhacking"
 WANTED = re.compile(r"(^|/)leetcode_(train|test)_medhard[^/]*\.jsonl$")
@@ -56,9 +57,8 @@ def download(folder: Path, source: Source | None = None) -> list[Path]:
             if blob_hash(data) != blob:
                 raise InputError(f"{path}: what arrived is not what {source.repository} lists; try again")
             _check_known(known, path, target, data)
-            part = target.with_name(target.name + ".part")
-            part.write_bytes(data)
-            part.replace(target)
+            with replacing(target) as scratch:
+                scratch.write_bytes(data)
         else:
             _check_known(known, path, target, here)
         known[target.name] = _sha256(target.read_bytes())

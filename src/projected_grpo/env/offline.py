@@ -25,6 +25,7 @@ from projected_grpo.env.modes import MODES
 from projected_grpo.env.problems import Problem, load_problems
 from projected_grpo.env.rows import read_jsonl
 from projected_grpo.errors import InputError, RunFault
+from projected_grpo.paths import replacing
 
 GRADE_FIELDS = ("label", "flawed_pass", "gt_pass", "attempted", "format_ok", "reward", "error")
 UNGRADED = "ungraded"
@@ -72,7 +73,8 @@ def grade_file(
         out_path.parent.mkdir(parents=True, exist_ok=True)
         with part_path.open("ab") as out, _locked(out, part_path):
             out.truncate(size)
-            _write_whole(inputs_path, json.dumps(fingerprint) + "\n")
+            with replacing(inputs_path) as scratch:
+                scratch.write_text(json.dumps(fingerprint) + "\n", encoding="utf-8")
             left = total - counts.total()
             with Grader(min(workers or os.cpu_count() or 1, max(left, 1))) as grader:
                 for row in tqdm(
@@ -124,12 +126,6 @@ def _locked(file: BinaryIO, path: Path) -> Iterator[None]:
     except BlockingIOError:
         raise InputError(f"{path}: is being written by another run; wait for it or choose another --out") from None
     yield
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def format_counts(counts: Counter[tuple[str, str]]) -> str:

@@ -12,6 +12,9 @@ from projected_grpo.env.grader import Grade, Grader, GradeRequest, reward_of
 from projected_grpo.env.problems import Problem
 from projected_grpo.errors import InputError
 
+KNOWN = 20_000
+"""Texts whose grades are kept: some 60 MB where each has the 1,024 tokens of preset `full`."""
+
 
 class CodeReward:
     """Callable with TRL's signature for reward functions; keeps what it found out about the last batch."""
@@ -68,11 +71,16 @@ class CodeReward:
 
     def _grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """A text that was graded before in this run keeps its grade: a policy that has made up its mind repeats
-        itself, and what it repeats should not be paid by the luck of the draw."""
+        itself, and what it repeats should not be paid by the luck of the draw. Only so many texts are kept in mind."""
         keys = [(r.problem.id, r.completion, r.mode, r.test_func_name) for r in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
         self._known.update(zip(new, self.grader.grade(list(new.values())), strict=True))
-        return [self._known[key] for key in keys]
+        grades = [self._known[key] for key in keys]
+        for key in keys:  # the last ones named stay
+            self._known[key] = self._known.pop(key)
+        while len(self._known) > KNOWN:
+            del self._known[next(iter(self._known))]
+        return grades
 
     def _problem(self, problem_id: str) -> Problem:
         if problem_id not in self.problems:

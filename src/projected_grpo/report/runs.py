@@ -84,10 +84,8 @@ def find_runs(roots: Sequence[Path]) -> list[Run]:
     runs = sorted(runs, key=lambda run: (_place(run), run.seed))
     runs = _leave_out_minority(runs, lambda run: run.config["preset"], "preset")
     runs = _leave_out_minority(runs, lambda run: run.steps, "steps")
-    for model in dict.fromkeys(run.config.get("model") for run in runs):  # a sweep may have one for each seed
-        runs = _leave_out_minority(
-            runs, lambda run: run.base_model, "base model", lambda run, model=model: run.config.get("model") == model
-        )
+    # A sweep may have a model for each seed; one name never stands for two sets of weights.
+    runs = _leave_out_minority(runs, lambda run: run.base_model, "base model", lambda run: run.config.get("model"))
     return _mark_evaluations(runs)
 
 
@@ -238,18 +236,22 @@ def _place(run: Run) -> tuple[int, bool, str]:
 
 
 def _leave_out_minority(
-    runs: list[Run], value: Callable[[Run], Any], what: str, of: Callable[[Run], bool] = lambda run: True
+    runs: list[Run], value: Callable[[Run], Any], what: str, among: Callable[[Run], Any] = lambda run: None
 ) -> list[Run]:
-    """Finished runs, of those meant, with another value than most of them are in no mean; of two as frequent, the
-    greater one counts."""
-    counts = Counter(value(run) for run in runs if run.left_out is None and of(run))
-    if len(counts) < 2:
-        return runs
-    usual = max(counts, key=lambda one: (counts[one], one))
-    why = f"{what}: the compared runs have {usual}, this one "
+    """Finished runs with another value than most of them (`among`: of those that agree in this) are in no mean; of two
+    as frequent, the greater one counts."""
+    counts: dict[Any, Counter] = {}
+    for run in runs:
+        if run.left_out is None:
+            counts.setdefault(among(run), Counter())[value(run)] += 1
+    usual = {group: max(found, key=lambda one: (found[one], one)) for group, found in counts.items()}
     return [
-        replace(run, left_out=f"{why}{value(run) or 'does not say'}", evaluation=None)
-        if run.left_out is None and of(run) and value(run) != usual
+        replace(
+            run,
+            left_out=f"{what}: the compared runs have {usual[among(run)]}, this one {value(run) or 'does not say'}",
+            evaluation=None,
+        )
+        if run.left_out is None and value(run) != usual[among(run)]
         else run
         for run in runs
     ]
