@@ -334,11 +334,6 @@ def test_a_basis_of_a_trained_policy_is_no_basis_for_a_new_run(finished, small_c
     refused(replace(small_config, basis=config.run_dir / "basis.safetensors"), "trained policy")
 
 
-def test_several_processes_are_refused_in_one_line(small_config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(small_config, "one process")
-
-
 def test_resume_without_a_run_is_refused(small_config):
     refused(replace(small_config, resume=True), "holds no run")
 

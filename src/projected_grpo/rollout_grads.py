@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 def rollout_scores(trainer: "ProjectedGRPOTrainer", batches: list[dict[str, Tensor]]) -> dict[str, float | None]:
     """Mean score of the student's hacks and of its other rollouts, and the AUROC of the score as a detector of
-    hacks, beside the AUROC of sign(advantage) alone. `batches` are the step's micro-batches; no gradient of the
-    model's is touched."""
-    scores = torch.cat([_row_scores(trainer, batch) for batch in batches])
+    hacks, beside the AUROC of sign(advantage) alone, over the rows of all processes. `batches` are this one's
+    micro-batches of the step; no gradient of the model's is touched."""
+    gather = trainer.accelerator.gather
+    scores = gather(torch.cat([_row_scores(trainer, batch) for batch in batches]))
     student, hack, advantage = (
-        torch.cat([value(batch) for batch in batches])
+        gather(torch.cat([value(batch) for batch in batches]))
         for value in (lambda b: ~b["is_teacher"], lambda b: b["is_hack"], lambda b: b["advantages"])
     )
     scores, hack, advantage = scores[student], hack[student], advantage[student]

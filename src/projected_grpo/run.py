@@ -8,7 +8,7 @@ import shutil
 import signal
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig
 
+from projected_grpo import processes
 from projected_grpo.adapter import DeltaSConfig
 from projected_grpo.arms import ARMS
 from projected_grpo.basis import HackBasis, check_top_k
@@ -29,7 +30,7 @@ from projected_grpo.env.rewards import CodeReward
 from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import InputError, RunInterrupted, naming_a_full_disk, saving_faults
 from projected_grpo.extract import PairBases, describe, pairs_of
-from projected_grpo.models import load_model
+from projected_grpo.models import device_of, load_model
 from projected_grpo.pairs import PairSet
 from projected_grpo.paths import existing, replacing
 from projected_grpo.pool import ROLLOUTS, TeacherPool, load_pool
@@ -38,7 +39,7 @@ from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.run_state import differing, last_checkpoint, note_start
 from projected_grpo.sources import assign_modes, problems_of
 from projected_grpo.steplog import StepLog
-from projected_grpo.trainer import ProjectedGRPOTrainer
+from projected_grpo.trainer import STATE_FILE, ProjectedGRPOTrainer
 
 
 def train(config: TrainConfig) -> str:
@@ -51,9 +52,9 @@ def train(config: TrainConfig) -> str:
         RunFault: a NaN loss or a fault of the grader; the completions that caused it are in the folder.
         RunInterrupted: Ctrl-C; there is a checkpoint to go on from.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("`train` runs in one process; start it without a distributed launcher")
-    _check_folder(config)
+    processes.refuse_sharding()
+    processes.join(device_of(config.device))
+    processes.refused_by_main(lambda: _check_folder(config))
     problems = problems_of(config.problems)
     modes = dict(zip((problem.id for problem in problems), assign_modes(problems, config.modes), strict=True))
     pool = _teacher_pool(config, problems, modes)
@@ -72,7 +73,8 @@ def train(config: TrainConfig) -> str:
         )
     check_enough(config, problems)
     basis = _basis_of(config, pairs)
-    loaded = load_model(config.model, config.dtype, config.device)
+    with processes.main_first():
+        loaded = load_model(config.model, config.dtype, config.device)
     prompter = Prompter(loaded, config.max_prompt_length, config.wording)
     dataset = Dataset.from_list(prompt_rows(prompter, problems, [modes[problem.id] for problem in problems]))
     if pool is not None:
@@ -85,7 +87,8 @@ def train(config: TrainConfig) -> str:
                 f"{config.max_completion_length}; they are cut there and graded as cut"
             )
         pool = TeacherPool([replace(r, completion=t) for r, t in zip(pool.rows, texts, strict=True)], pool.header)
-    model = get_peft_model(loaded.model, DeltaSConfig())
+    with processes.main_first():  # the decompositions
+        model = get_peft_model(loaded.model, DeltaSConfig())
     callback = projection_of(config, model, prompter, basis)
     args = grpo_config(config, prompter)
     go_on = f"free some and go on with {_resume_line(config)}"
@@ -162,11 +165,13 @@ def _train(
     pool: TeacherPool | None,
     callback: ProjectionCallback,
 ) -> str:
-    checkpoint = last_checkpoint(folder, config.steps) if config.resume else None
+    checkpoint = _checkpoint_to_resume(config, folder)
     start_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    kind = config.arm, config.gate, config.project_target
+    main = processes.is_main()
     with (
         Grader(config.grader_workers, Limits(cpu_seconds=config.grader_cpu_seconds)) as grader,
-        StepLog(folder, config.arm, config.gate, config.project_target, config.steps, start_step=start_step) as log,
+        StepLog(folder, *kind, config.steps, start_step=start_step) if main else nullcontext() as log,
     ):
         logger.info(f"arm {config.arm}: {ARMS[config.arm].summary}")
         logger.info(f"grader isolation: {', '.join(grader.isolation) or 'resource limits only'}")
@@ -186,8 +191,8 @@ def _train(
             rollout_grad_every=config.rollout_grad_every,
             offload=config.offload,
             defer_budget_gb=config.defer_budget_gb,
-            on_row=log.row,
-            on_rollouts=_RolloutFile(folder / ROLLOUTS, start_step),
+            on_row=log.row if log is not None else _nowhere,
+            on_rollouts=_RolloutFile(folder / ROLLOUTS, start_step) if log is not None else _nowhere,
         )
         drop_reference_copy(trainer)
         trainer.remove_callback(PrinterCallback)  # the step log is this and more
@@ -201,6 +206,8 @@ def _train(
                 + _resume_line(config)
             )
         trainer.save_model(str(folder / "adapter"))
+        if log is None:
+            return ""
         (folder / "adapter" / "README.md").write_text(_model_card(config))
         callback.basis.save(folder / "basis.safetensors")
         files = {
@@ -210,6 +217,23 @@ def _train(
             "adapter": folder / "adapter",
         }
         return log.verdict(files, f"projected-grpo eval --run {folder}")
+
+
+def _nowhere(row: object) -> None:
+    """What another process than the first does with what it has to write."""
+
+
+def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path | None:
+    """The same for all processes. Raises InputError for one that another number of them has written."""
+    checkpoint = processes.from_main(last_checkpoint(folder, config.steps) if config.resume else None)
+    if checkpoint is not None:
+        written, now = len(list(checkpoint.glob(STATE_FILE.format("*")))), processes.world_size()
+        if written != now:
+            raise InputError(
+                f"--resume: {checkpoint} was written by {written} processes and this is {now}; start as many, since "
+                "each goes on with its own rows and random numbers"
+            )
+    return checkpoint
 
 
 def drop_reference_copy(trainer: ProjectedGRPOTrainer) -> None:
@@ -241,7 +265,7 @@ def projection_of(
     real = bases.real()
     bases.first = real
     return ProjectionCallback(
-        arm.make_basis(bases),
+        processes.from_main(arm.make_basis(bases)),  # on GPUs two of them may round apart
         config.gate,
         overshoot=config.overshoot,
         preserve_magnitude=config.preserve_magnitude,
@@ -253,13 +277,19 @@ def projection_of(
         measure_only=arm.measure_only,
         match=real if arm.match_real else None,
         refresh_every=config.vhack_refresh_every,
-        refresh=lambda: arm.make_basis(bases),
+        refresh=lambda: processes.from_main(arm.make_basis(bases)),
     )
 
 
 def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
     rows = config.prompts_per_step * config.group_size
-    accumulation = rows // config.micro_batch
+    at_once = config.micro_batch * processes.world_size()
+    if rows % at_once:
+        raise InputError(
+            f"--micro-batch {config.micro_batch} x {processes.world_size()} processes does not divide the step's "
+            f"{rows} rows (--prompts-per-step x --group-size); change one of them"
+        )
+    accumulation = rows // at_once
     return GRPOConfig(
         output_dir=str(config.run_dir / "checkpoints"),
         seed=config.seed,
@@ -296,26 +326,30 @@ def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C, or the SIGTERM of a scheduler or a launcher, ends the run after the step in progress, with a checkpoint;
+    a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.stopped = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGINT, self._note)
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, signum, frame) -> None:
-        if self.stopped:
+        if self.stopped and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.stopped:
+            logger.warning("interrupted: finishing this step, then saving a checkpoint (Ctrl-C again to stop at once)")
         self.stopped = True
-        logger.warning("interrupted: finishing this step, then saving a checkpoint (again to stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = processes.anywhere(self.stopped)
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
@@ -358,8 +392,12 @@ def _check_folder(config: TrainConfig) -> None:
 
 @contextmanager
 def _run_folder(config: TrainConfig) -> Iterator[Path]:
-    """The run's folder, made or emptied, locked, with its config.json."""
+    """The run's folder, made or emptied, locked, with its config.json; by the first process."""
     folder = config.run_dir
+    if not processes.is_main():
+        processes.wait()
+        yield folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not config.resume:
@@ -367,7 +405,8 @@ def _run_folder(config: TrainConfig) -> Iterator[Path]:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             with replacing(folder / "config.json") as scratch:
                 scratch.write_text(replace(config, overwrite=False).to_json())
-        note_start(folder)
+        note_start(folder, processes.world_size())
+        processes.wait()
         yield folder
 
 

@@ -50,12 +50,13 @@ def last_checkpoint(folder: Path, steps: int) -> Path | None:
     return None
 
 
-def note_start(folder: Path) -> None:
-    """Add to the run's starts: when, by which code, and with which command."""
+def note_start(folder: Path, n_processes: int) -> None:
+    """Add to the run's starts: when, by which code, with which command and in how many processes."""
     this = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": code_version(),
         "command": shlex.join(["projected-grpo", *sys.argv[1:]]),
+        "processes": n_processes,
     }
     with replacing(folder / STARTS) as scratch:
         scratch.write_text(json.dumps([*read_starts(folder), this], indent=1) + "\n")

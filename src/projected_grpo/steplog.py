@@ -10,6 +10,7 @@ experiment trackers.
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -77,7 +78,8 @@ def setup_console() -> None:
     if not _console:
         with suppress(ValueError):  # somebody may have taken the default handler off already
             logger.remove(0)
-        _console.append(logger.add(_write_above_bar, format=_line_format("HH:mm:ss"), level="INFO"))
+        level = "INFO" if os.environ.get("RANK", "0") == "0" else "ERROR"  # of several processes one speaks
+        _console.append(logger.add(_write_above_bar, format=_line_format("HH:mm:ss"), level=level))
 
 
 class StepLog:

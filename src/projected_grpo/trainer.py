@@ -39,7 +39,8 @@ from projected_grpo.rollout_grads import rollout_scores
 from projected_grpo.row_grads import RowGradRecorder
 from projected_grpo.step_meters import MemoryMeter, StepTimer
 
-STATE_FILE = "projected_grpo.pt"
+STATE_FILE = "projected_grpo_{}.pt"
+"""In a checkpoint, of each process by its rank."""
 SOURCES = ("student", "teacher")
 
 
@@ -78,7 +79,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         super().__init__(*args, reward_funcs=[reward], **kwargs)
         self.reward = reward
         self.pool = pool
-        self._pool_order = random.Random(f"{self.args.seed}/{self.accelerator.process_index}")
+        self._pool_order = random.Random(f"{self.args.seed}/0")
         self.num_teacher = num_teacher
         self.projection = projection
         projection.student_grads = lambda: {name: sums[0] for name, sums in self._clipped_sources().items()}
@@ -128,10 +129,12 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         is_teacher = self._generation["is_teacher"]
         students = [i for i, teacher in enumerate(is_teacher) if not teacher]
         n_students = num_generations - (self.num_teacher if self.model.training else 0)
-        with _merged(self.accelerator.unwrap_model(self.model), unless=self.use_vllm, offload=self._offload):
-            sampled, sampled_logps = super()._generate_single_turn(
-                [prompt_ids[i] for i in students], images, multimodal_fields, n_students, **kwargs
-            )
+        sampled, sampled_logps = [], None
+        if students or self.use_vllm:  # a group may lie across processes, one of which then has its teachers alone
+            with _merged(self.accelerator.unwrap_model(self.model), unless=self.use_vllm, offload=self._offload):
+                sampled, sampled_logps = super()._generate_single_turn(
+                    [prompt_ids[i] for i in students], images, multimodal_fields, n_students, **kwargs
+                )
         completion_ids: list[list[int]] = [[] for _ in is_teacher]
         # None becomes an importance ratio of exactly 1 in TRL's sampling correction.
         logps = None if sampled_logps is None else [[] for _ in is_teacher]
@@ -139,15 +142,29 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             completion_ids[i] = sampled[position]
             if logps is not None:
                 logps[i] = sampled_logps[position]
-        for i in (i for i, teacher in enumerate(is_teacher) if teacher):
-            row = self._generation["inputs"][i]
-            text = self.pool.draw(row["problem_id"], 1, self._pool_order)[0].completion
+        for i, text in self._teacher_texts(is_teacher).items():
             completion_ids[i] = encode_completion(self._tokenizer, text, self.max_completion_length)
             if logps is not None:
                 logps[i] = [None] * len(completion_ids[i])
         self._generation["time"] = time.perf_counter() - started
         self._memory.lap("generation")
         return completion_ids, logps
+
+    def _teacher_texts(self, is_teacher: list[bool]) -> dict[int, str]:
+        """By this process's row. Every process draws for all of them, in the order of the whole batch, so that the rows
+        are those that one process would have drawn, and the pool stands at the same place in all."""
+        wanted = [
+            row["problem_id"] if t else None for row, t in zip(self._generation["inputs"], is_teacher, strict=True)
+        ]
+        if self.accelerator.num_processes > 1 and self.pool is not None:
+            wanted = gather_object(wanted)
+        first, texts = self.accelerator.process_index * len(is_teacher), {}
+        for i, problem_id in enumerate(wanted):
+            if problem_id is not None:
+                text = self.pool.draw(problem_id, 1, self._pool_order)[0].completion
+                if 0 <= i - first < len(is_teacher):
+                    texts[i - first] = text
+        return texts
 
     def _note_generation(self, inputs: list[dict], is_teacher: list[bool], advantages: Tensor) -> None:
         rows = [
@@ -280,7 +297,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         row = {
             "step": self.state.global_step,
             **self._generation.pop("rates", _rates([])),  # null where the step reuses a generation
-            "loss": self._loss_sum,
+            "loss": sum(gather_object([self._loss_sum])) / self.accelerator.num_processes,
             "grad_norm": self._grad_norm,
             **self._source_metrics(),
             **self.projection.metrics,
@@ -308,8 +325,6 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
-        if not self.accelerator.is_main_process:
-            return
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         generate_every = self.args.steps_per_generation * self.num_iterations
         state = {
@@ -318,13 +333,14 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             "pool": self.pool.state_dict() if self.pool is not None else None,
             "pool_order": self._pool_order.getstate(),
         }
-        torch.save(state, folder / STATE_FILE)
+        torch.save(state, folder / STATE_FILE.format(self.accelerator.process_index))
+        self.accelerator.wait_for_everyone()  # what is sealed after this is whole
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = torch.load(Path(checkpoint) / STATE_FILE, weights_only=True)
+        state = torch.load(Path(checkpoint) / STATE_FILE.format(self.accelerator.process_index), weights_only=True)
         self._step = state["micro_step"]
         self._buffered_inputs = state["buffered_inputs"]
         if self.pool is not None:
