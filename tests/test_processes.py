@@ -18,8 +18,8 @@ from projected_grpo.steplog import read_metrics
 
 SCRIPT = Path(__file__).with_name("launched_train.py")
 # --multi_gpu is what makes accelerate start more than one process; without a GPU they talk over gloo.
-LAUNCH = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
-LAUNCH += "--dynamo_backend no --num_cpu_threads_per_process 1".split()
+LAUNCH = """accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no
+--dynamo_backend no --num_cpu_threads_per_process 1""".split()  # noqa: SIM905
 
 
 TRLS_OWN = {"kl", "entropy"}

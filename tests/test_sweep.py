@@ -22,7 +22,7 @@ from projected_grpo.run_state import LAST_FILE, state_of
 from projected_grpo.sweep import sweep
 from projected_grpo.sweep_file import read_sweep, sweep_of
 from projected_grpo.sweep_watch import last_rows
-from projected_grpo.sweep_workers import Interrupts, process_context, run_all
+from projected_grpo.sweep_workers import Interrupts, LocalLauncher, process_context, run_all
 
 SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
 FILE = """
@@ -475,7 +475,7 @@ def test_ctrl_c_starts_no_more_runs_and_says_how_to_go_on(tmp_path, capfd, job):
 def test_a_ctrl_c_before_the_first_process_starts_none(tmp_path):
     interrupts = Interrupts()
     interrupts.count = 1
-    assert run_all(["a task"], good, process_context(True, []), interrupts) == {}
+    assert run_all(["a task"], LocalLauncher(good, process_context(True, [])), interrupts) == {}
 
 
 def test_the_last_rows_of_a_file_that_is_being_written(tmp_path):
@@ -485,6 +485,44 @@ def test_the_last_rows_of_a_file_that_is_being_written(tmp_path):
     assert last_rows(path) == [{"step": 1}]
     path.write_text("".join(json.dumps({"step": n, "x": "y" * 1000}) + "\n" for n in range(100)) + '{"s')
     assert [row["step"] for row in last_rows(path)] == [95, 96, 97, 98, 99]
+
+
+def test_the_status_of_a_sweep_is_read_off_its_folders_alone(tmp_path, capsys):
+    plan = plan_of(tmp_path)
+    (done, evaluation), (running, _), (trained, _), (stopped, _) = plan.runs
+    for config in (done, running, trained, stopped):
+        finish(config, replace(evaluation, out=config.run_dir / "eval.json"))
+    for config in (running, trained, stopped):
+        (config.run_dir / "eval.json").unlink()
+    rows = [{"step": step, "hack_student": 0.5, "pass_student": 0.25, "time/step": 30.0} for step in (1, 2)]
+    for config in (running, stopped):
+        (config.run_dir / LAST_FILE).unlink()
+        (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(stopped.run_dir / "metrics.jsonl", (1, 1))
+    handle = os.open(running.run_dir, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    args = [
+        "--preset",
+        "smoke",
+        "--arms",
+        "vanilla,projected",
+        "--seeds",
+        "41,42,43",
+        "--out-root",
+        str(tmp_path / "out"),
+    ]
+    assert main(["sweep", "status", *args]) == 0
+    os.close(handle)
+    header, *lines, last = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["run", "state", "steps"]
+    assert [line.split() for line in lines[:4]] == [
+        ["vanilla_s41", "done", "6/6", "-", "-", "0.25", "0.50", "0.12", "0.75"],
+        ["projected_s41", "running", "2/6", "30.0", "2", "min", "0.50", "0.25", "-", "-"],
+        ["vanilla_s42", "trained", "6/6", "-", "-", "0.25", "0.50", "-", "-"],
+        ["projected_s42", "stopped", "2/6", "30.0", "-", "0.50", "0.25", "-", "-"],
+    ]
+    assert [line.split()[1:3] for line in lines[4:]] == [["not", "started"]] * 2
+    assert last == "1 of 6 runs done"
 
 
 # --- the real thing ---

@@ -115,7 +115,7 @@ def state_of(config: TrainConfig, evaluation: EvalConfig) -> State:
             f"{folder} holds a run with another {names[0]} ({theirs}, wanted is {ours}); move it away or choose "
             "another --out-root"
         )
-    if _in_use(folder):
+    if in_use(folder):
         raise InputError(f"{folder} is in use by another run; wait for it or choose another --out-root")
     if not is_trained(folder):
         return "start" if last_checkpoint(folder, config.steps) is None else "resume"
@@ -140,7 +140,7 @@ def _check_evaluation(wanted: EvalConfig) -> None:
         )
 
 
-def _in_use(folder: Path) -> bool:
+def in_use(folder: Path) -> bool:
     """Whether a `train` holds its lock on the folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,14 +1,15 @@
-"""A sweep: many runs on this machine, as many at once as it has cores, each a process of its own.
+"""A sweep: many runs, each a process of its own on this machine, as many at once as it has cores, or a Slurm job.
 
 A sweep can be stopped and given again: runs that are done are skipped, the others go on from where they stand. What
 runs share (the teacher pool, the model's caches, the real basis for each set of pairs and settings) is made once,
-before the first. Left out on purpose: more than one machine, and more than one GPU.
+before the first. Left out on purpose: more than one GPU of this machine.
 """
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from loguru import logger
@@ -19,8 +20,17 @@ from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import State, state_of
 from projected_grpo.sweep_file import Sweep, basis_path
 from projected_grpo.sweep_jobs import PRELOAD, PrepareTask, RunTask, prepare, train_and_evaluate
+from projected_grpo.sweep_slurm import SlurmLauncher
 from projected_grpo.sweep_watch import SweepWatch, format_table
-from projected_grpo.sweep_workers import Interrupts, process_context, run_all, threads_set, warm_up
+from projected_grpo.sweep_workers import (
+    Interrupts,
+    Launcher,
+    LocalLauncher,
+    process_context,
+    run_all,
+    threads_set,
+    warm_up,
+)
 
 NOT_SHOWN = {"seed", "label", "out_root", "arm", "grader_workers", "overwrite", "resume"}
 
@@ -30,11 +40,14 @@ def sweep(
     jobs: int | None = None,
     dry_run: bool = False,
     again: str = "the same command",
+    slurm: Mapping[str, Any] | None = None,
     job: Callable[[Any], None] = train_and_evaluate,
     preparation: Callable[[Any], None] = prepare,
     preload: Sequence[str] = PRELOAD,
 ) -> None:
-    """Do what is left of the runs of `plan` and print the table. `again`: the line that goes on with it.
+    """Do what is left of the runs of `plan` and print the table.
+
+    again: the line that goes on with it. slurm: submit to Slurm, with these parameters; None runs everything here.
 
     Raises:
         InputError: bad settings or files, or a folder with another run; no run was started.
@@ -42,9 +55,13 @@ def sweep(
         RunInterrupted: Ctrl-C; every run that was going has a checkpoint.
     """
     on_cpu = all(config.device == "cpu" for config, _ in plan.runs)
-    cores = len(os.sched_getaffinity(0))
-    jobs = jobs or (cores if on_cpu else 1)
-    share = max(1, cores // jobs)  # however many runs are left, so that a run's numbers do not depend on it
+    if slurm is None:
+        cores = len(os.sched_getaffinity(0))
+        jobs = jobs or (cores if on_cpu else 1)
+        share = max(1, cores // jobs)  # however many runs are left, so that a run's numbers do not depend on it
+    else:
+        cores = share = int(slurm.get("cpus_per_task", 1))
+        jobs = jobs or len(plan.runs)
     tasks = [_task(*run, _threads(share), share) for run in plan.runs]
     states = {task.name: state_of(task.config, task.evaluation) for task in tasks}
     if dry_run:
@@ -59,10 +76,16 @@ def sweep(
         log = plan.folder / "logs" / "preparation.log"
         shared = PrepareTask(tuple(task.config for task in to_do), to_train, log, _threads(cores))
         with interrupts.listening(), threads_set(share), SweepWatch(tasks, states, interrupts) as watch:
-            context = process_context(on_cpu, preload)
-            _prepare(shared, preparation, context, interrupts, again)
+            launch: Callable[[Callable], Launcher]
+            if slurm is None:
+                context = process_context(on_cpu, preload)
+                warm_up(context, interrupts)
+                launch = partial(LocalLauncher, context=context)
+            else:
+                launch = partial(SlurmLauncher, folder=log.parent / "slurm", parameters=slurm)
+            _prepare(shared, launch(preparation), interrupts, again)
             logger.info(f"{len(to_do)} runs, {jobs} at a time, {_threads(share)} threads each; logs in {log.parent}")
-            outcomes = run_all(to_do, job, context, interrupts, jobs, watcher=watch)
+            outcomes = run_all(to_do, launch(job), interrupts, jobs, watcher=watch)
     logger.info("\n" + format_table(tasks, states, outcomes))
     finished = len(tasks) - len(to_do) + sum(outcome.kind == "ok" for outcome in outcomes.values())
     if interrupts.count and finished < len(tasks):
@@ -90,12 +113,11 @@ def _task(config: TrainConfig, evaluation: Any, threads: int, graders: int) -> R
     return RunTask(config, evaluation, threads)
 
 
-def _prepare(task: PrepareTask, job: Callable[[Any], None], context: Any, interrupts: Interrupts, again: str) -> None:
+def _prepare(task: PrepareTask, launcher: Launcher, interrupts: Interrupts, again: str) -> None:
     bases = len({config.basis for config in task.to_train})
     logger.info(f"preparing what the runs share: imports, the model, {bases} bases, teacher pools ({task.log})")
     began = time.monotonic()
-    warm_up(context, interrupts)
-    outcome = run_all([task], job, context, interrupts, attempts=1).get(task.name)
+    outcome = run_all([task], launcher, interrupts, attempts=1).get(task.name)
     if interrupts.count or outcome is None:
         raise RunInterrupted(f"interrupted before the first run; go on with {again}")
     if outcome.kind == "refused":

@@ -1,4 +1,5 @@
-"""What a sweep shows: a bar or a line a minute while it runs, a line for each finished run, a table at the end."""
+"""What a sweep shows: a bar or a line a minute while it runs, a line for each finished run, a table at the end; and, to
+whoever asks from elsewhere, how far its runs have come."""
 
 import json
 import sys
@@ -10,8 +11,10 @@ from typing import Any
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.run_state import State
+from projected_grpo.config import EvalConfig, TrainConfig
+from projected_grpo.run_state import State, in_use, is_trained
 from projected_grpo.steplog import LAST, mean_of
+from projected_grpo.sweep_file import Sweep
 from projected_grpo.sweep_jobs import RunTask
 from projected_grpo.sweep_workers import Interrupts, Outcome, Running, Watcher
 
@@ -51,7 +54,7 @@ class SweepWatch(Watcher):
     def ended(self, task: RunTask, outcome: Outcome) -> None:
         if outcome.kind == "ok":
             self.done += 1
-            rates, where = held_out(task)
+            rates, where = held_out_rates(task.evaluation.out)
             shown = f"hack {_rate(rates['hack'])} pass {_rate(rates['pass'])} (held-out {where})"
             logger.info(f"[{self.done}/{len(self.tasks)}] {task.name}: {shown}, {outcome.seconds:.0f} s")
             self.bar.update()
@@ -87,8 +90,7 @@ class SweepWatch(Watcher):
         done = sum(max(steps_done(task) - self.before[task.name], 0) for task in begun)
         if not done:
             return "time left not known yet"
-        minutes = round((time.monotonic() - self.began) * (to_do - done) / done / 60)
-        return f"about {minutes // 60} h {minutes % 60:02d} min left" if minutes >= 60 else f"about {minutes} min left"
+        return f"about {_duration((time.monotonic() - self.began) * (to_do - done) / done)} left"
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
@@ -108,11 +110,11 @@ def steps_done(task: RunTask) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def held_out(task: RunTask) -> tuple[dict[str, float | None], str]:
-    """Hack and pass rate of eval.json, means over its loopholes, and which these are."""
-    if not task.evaluation.out.is_file():
+def held_out_rates(path: Path) -> tuple[dict[str, float | None], str]:
+    """Hack and pass rate of an eval.json, means over its loopholes, and which these are."""
+    if not path.is_file():
         return {"hack": None, "pass": None}, "-"
-    modes = json.loads(task.evaluation.out.read_text())["modes"]
+    modes = json.loads(path.read_text())["modes"]
     names = [name for name in modes if name != "none"] or list(modes)
     rates = {key: sum(modes[name]["rates"][key]["rate"] for name in names) / len(names) for key in ("hack", "pass")}
     return rates, names[0] if len(names) == 1 else f"mean of {len(names)} modes"
@@ -128,7 +130,7 @@ def format_table(tasks: Sequence[RunTask], states: Mapping[str, State], outcomes
     for task in tasks:
         outcome = outcomes.get(task.name)
         rows = last_rows(task.config.run_dir / "metrics.jsonl")
-        rates, _ = held_out(task)
+        rates, _ = held_out_rates(task.evaluation.out)
         steps = f"{rows[-1]['step'] if rows else 0}/{task.config.steps}"
         lines.append(
             f"{task.name:<{width}}{_became(states[task.name], outcome):<13}{steps:>9}"
@@ -137,6 +139,64 @@ def format_table(tasks: Sequence[RunTask], states: Mapping[str, State], outcomes
             f"{'-' if outcome is None else f'{outcome.seconds:.0f}':>9}"
         )
     return "\n".join(lines)
+
+
+def show_status(plan: Sweep, every: float) -> None:
+    """The table of `status_table`, once, or again every so many seconds until all runs are done."""
+    while True:
+        table, n_left = status_table(plan)
+        if every and sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")  # a fresh screen
+        print(table, flush=True)
+        if not every or not n_left:
+            return
+        time.sleep(every)
+
+
+def status_table(plan: Sweep) -> tuple[str, int]:
+    """(One row a run, read off its folder alone: so whoever runs it, and wherever; how many are not done.)"""
+    width = max(len(config.run_dir.name) for config, _ in plan.runs) + 2
+    lines = [
+        f"{'run':<{width}}{'state':<13}{'steps':>9}{'s a step':>10}{'left':>10}{f'hack last {LAST}':>13}"
+        f"{f'pass last {LAST}':>13}{'hack held out':>15}{'pass held out':>15}"
+    ]
+    n_left = 0
+    for config, evaluation in plan.runs:
+        rows = last_rows(config.run_dir / "metrics.jsonl")
+        state = _stands(config, evaluation)
+        n_left += state != "done"
+        pace = mean_of(rows, "time/step")
+        step = rows[-1]["step"] if rows else 0
+        left = pace * (config.steps - step) if pace is not None and state == "running" else None
+        rates = held_out_rates(evaluation.out)[0]
+        lines.append(
+            f"{config.run_dir.name:<{width}}{state:<13}{f'{step}/{config.steps}':>9}"
+            f"{'-' if pace is None else f'{pace:.1f}':>10}{'-' if left is None else _duration(left):>10}"
+            f"{_rate(mean_of(rows, 'hack_student')):>13}{_rate(mean_of(rows, 'pass_student')):>13}"
+            f"{_rate(rates['hack']):>15}{_rate(rates['pass']):>15}"
+        )
+    n_done = len(plan.runs) - n_left
+    return "\n".join([*lines, f"{n_done} of {len(plan.runs)} runs done"]), n_left
+
+
+def _stands(config: TrainConfig, evaluation: EvalConfig) -> str:
+    """`running` where a process of this machine holds the folder, or a row is younger than ten steps took."""
+    folder, metrics = config.run_dir, config.run_dir / "metrics.jsonl"
+    if is_trained(folder) and evaluation.out.is_file():
+        return "done"
+    if not folder.is_dir():
+        return "not started"
+    if in_use(folder):
+        return "running"
+    pace = mean_of(last_rows(metrics), "time/step")
+    if pace is not None and time.time() - metrics.stat().st_mtime < max(10 * pace, 60):
+        return "running"  # on another machine, whose locks are not seen here
+    return "trained" if is_trained(folder) else "stopped"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _became(state: State, outcome: Outcome | None) -> str:

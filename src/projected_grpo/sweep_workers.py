@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from projected_grpo.errors import InputError, RunInterrupted
 
@@ -36,10 +36,13 @@ class Task(Protocol):
     def log(self) -> Path: ...
 
 
+Kind = Literal["ok", "refused", "failed", "interrupted"]
+"""`refused`: an InputError, whose line is the message."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    kind: Literal["ok", "refused", "failed", "interrupted"]
-    """`refused`: an InputError, whose line is the message."""
+    kind: Kind
     message: str
     seconds: float
     attempts: int
@@ -48,10 +51,34 @@ class Outcome:
 @dataclass
 class Running:
     task: Any
-    process: Any
-    receiver: connection.Connection
     attempt: int
     started: float
+    handle: Any
+    """The launcher's own."""
+
+
+class Launcher(Protocol):
+    """Where the processes of a sweep run."""
+
+    hears_ctrl_c: ClassVar[bool]
+    """Its processes are in the terminal's group and get a Ctrl-C themselves."""
+
+    def start(self, task: Task) -> Any:
+        """Begin a task; the handle to ask for it by."""
+
+    def wait(self, handles: Sequence[Any]) -> None:
+        """Until one may have ended, or a moment has passed."""
+
+    def ended(self, handle: Any) -> bool: ...
+
+    def said(self, handle: Any) -> tuple[Kind | None, str]:
+        """What an ended process said last, None for one that could not, and how it ended."""
+
+    def interrupt(self, handle: Any) -> None:
+        """To be finished as after a Ctrl-C."""
+
+    def end(self, handle: Any) -> None:
+        """At once."""
 
 
 class Watcher:
@@ -67,8 +94,9 @@ class Interrupts:
     """Counts Ctrl-C, and SIGTERM with it, while it listens."""
 
     count = 0
-    to_forward = False
-    """SIGTERM comes to this process alone, Ctrl-C to the runs as well."""
+    by_sigterm = False
+    """It comes to this process alone, Ctrl-C to the terminal's whole group."""
+    taken = 0
 
     @contextmanager
     def listening(self) -> Iterator["Interrupts"]:
@@ -81,7 +109,12 @@ class Interrupts:
 
     def _note(self, signum, frame) -> None:
         self.count += 1
-        self.to_forward |= signum == signal.SIGTERM
+        self.by_sigterm = signum == signal.SIGTERM
+
+    def take(self) -> bool:
+        """Whether there is one that was not taken yet."""
+        new, self.taken = self.count > self.taken, self.count
+        return new
 
 
 @contextmanager
@@ -132,14 +165,13 @@ def _nothing() -> None:
 
 def run_all(
     tasks: Sequence[Task],
-    job: Callable[[Any], None],
-    context: Any,
+    launcher: Launcher,
     interrupts: Interrupts,
     jobs: int = 1,
     attempts: int = 2,
     watcher: Watcher | None = None,
 ) -> dict[str, Outcome]:
-    """Do `job` on every task, `jobs` at a time; what became of each by its name. A task never begun is not in it."""
+    """Do every task, `jobs` at a time; what became of each by its name. A task never begun is not in it."""
     watcher = watcher or Watcher()
     waiting = deque((task, 1) for task in tasks)
     running: list[Running] = []
@@ -148,20 +180,21 @@ def run_all(
     try:
         while (waiting and not interrupts.count) or running:
             while waiting and len(running) < jobs and not interrupts.count:
-                running.append(_start(context, job, *waiting.popleft()))
+                task, attempt = waiting.popleft()
+                started = time.monotonic()
+                running.append(Running(task, attempt, started, launcher.start(task)))
                 watcher.started(running[-1])
-            connection.wait([r.process.sentinel for r in running], timeout=TICK_S)
-            if interrupts.to_forward:
-                interrupts.to_forward = False
+            launcher.wait([each.handle for each in running])
+            if interrupts.take() and (interrupts.by_sigterm or not launcher.hears_ctrl_c):
                 for each in running:
-                    os.kill(each.process.pid, signal.SIGINT)
+                    launcher.interrupt(each.handle)
             if interrupts.count > 1:
                 for each in running:
-                    each.process.terminate()
-            for ended in [r for r in running if not r.process.is_alive()]:
+                    launcher.end(each.handle)
+            for ended in [each for each in running if launcher.ended(each.handle)]:
                 running.remove(ended)
                 spent[ended.task.name] = spent.get(ended.task.name, 0.0) + time.monotonic() - ended.started
-                outcome = _outcome(ended, spent[ended.task.name], interrupts.count > 0)
+                outcome = _outcome(ended, *launcher.said(ended.handle), spent[ended.task.name], interrupts.count > 0)
                 if outcome.kind in ("failed", "refused") and ended.attempt < attempts and not interrupts.count:
                     waiting.appendleft((ended.task, ended.attempt + 1))
                     watcher.retried(ended.task, outcome)
@@ -171,28 +204,76 @@ def run_all(
             watcher.tick(running)
     finally:
         for each in running:
-            each.process.terminate()
-            each.process.join()
+            launcher.end(each.handle)
     return outcomes
 
 
-def _start(context: Any, job: Callable[[Any], None], task: Task, attempt: int) -> Running:
-    """A new process. It, and the server it is forked from, hold Ctrl-C back until the job's own code is there."""
-    started = time.monotonic()
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(job, task, sender), name=task.name)
-    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    sender.close()
-    return Running(task, process, receiver, attempt, started)
+def _outcome(ended: Running, kind: Kind | None, message: str, seconds: float, interrupted: bool) -> Outcome:
+    if kind is None:
+        kind = "interrupted" if interrupted else "failed"
+    elif kind == "interrupted" and not interrupted:
+        kind = "failed"  # somebody has stopped this one process
+    return Outcome(kind, message, seconds, ended.attempt)
+
+
+@dataclass(frozen=True)
+class LocalLauncher:
+    """Processes of this machine, from `process_context`, that do `job` on a task."""
+
+    job: Callable[[Any], None]
+    context: Any
+    hears_ctrl_c: ClassVar[bool] = True
+
+    def start(self, task: Task) -> tuple[Any, connection.Connection]:
+        """It, and the server it is forked from, hold Ctrl-C back until the job's own code is there."""
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_child, args=(self.job, task, sender), name=task.name)
+        resource_tracker.ensure_running()  # its start would let Ctrl-C through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        sender.close()
+        return process, receiver
+
+    def wait(self, handles: Sequence[Any]) -> None:
+        connection.wait([process.sentinel for process, _ in handles], timeout=TICK_S)
+
+    def ended(self, handle: Any) -> bool:
+        process, _ = handle
+        return not process.is_alive()
+
+    def said(self, handle: Any) -> tuple[Kind | None, str]:
+        process, receiver = handle
+        process.join()
+        code = process.exitcode
+        try:
+            if receiver.poll():
+                return receiver.recv()
+        except EOFError:
+            pass
+        finally:
+            receiver.close()
+        return None, f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+
+    def interrupt(self, handle: Any) -> None:
+        process, _ = handle
+        os.kill(process.pid, signal.SIGINT)
+
+    def end(self, handle: Any) -> None:
+        process, _ = handle
+        process.kill()  # a run takes SIGTERM as it takes Ctrl-C; its files are whole whenever it ends
+        process.join()
 
 
 def _child(job: Callable[[Any], None], task: Task, sender: connection.Connection) -> None:
-    _write_to(task.log)
+    sender.send(do(job, task))
+
+
+def do(job: Callable[[Any], None], task: Task) -> tuple[Kind, str]:
+    """The job in a process of its own: what it says goes to the task's log, how it ended is returned."""
+    write_to(task.log)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         from projected_grpo.cli_options import console
@@ -201,19 +282,18 @@ def _child(job: Callable[[Any], None], task: Task, sender: connection.Connection
         job(task)
     except (KeyboardInterrupt, RunInterrupted) as stopped:
         print(f"interrupted: {stopped}", file=sys.stderr)
-        sender.send(("interrupted", str(stopped)))
+        return "interrupted", str(stopped)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sender.send(("refused", str(error)))
+        return "refused", str(error)
     except BaseException as error:
         traceback.print_exc()
         first = (str(error).splitlines() or [""])[0]
-        sender.send(("failed", f"{type(error).__name__}: {first}"))
-    else:
-        sender.send(("ok", ""))
+        return "failed", f"{type(error).__name__}: {first}"
+    return "ok", ""
 
 
-def _write_to(path: Path) -> None:
+def write_to(path: Path) -> None:
     """Standard output and error, of this process and all that it starts, at the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -221,19 +301,3 @@ def _write_to(path: Path) -> None:
         stream.flush()
         os.dup2(handle, number)
     os.close(handle)
-
-
-def _outcome(ended: Running, seconds: float, interrupted: bool) -> Outcome:
-    ended.process.join()
-    code = ended.process.exitcode
-    try:
-        kind, message = ended.receiver.recv() if ended.receiver.poll() else (None, "")
-    except EOFError:
-        kind, message = None, ""
-    ended.receiver.close()
-    if kind is None:
-        kind = "interrupted" if interrupted else "failed"
-        message = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
-    elif kind == "interrupted" and not interrupted:
-        kind = "failed"  # somebody has stopped this one process
-    return Outcome(kind, message, seconds, ended.attempt)
