@@ -14,10 +14,12 @@ import pytest
 import torch
 from loguru import logger
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from projected_grpo.adapter import delta_s_parameters
 from projected_grpo.arms import ARMS
 from projected_grpo.basis import HackBasis
+from projected_grpo.cli import main
 from projected_grpo.cli_options import copy_fields
 from projected_grpo.config import ArmName, BasisOptions, ExtractConfig, TrainConfig
 from projected_grpo.env.grader import Grader, GraderFault
@@ -327,6 +329,55 @@ def test_steered_runs_begin_with_the_run_as_eval_has_it(finished, tmp_path, monk
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="exists"):
         steer([config.run_dir], basis, [0.5], samples=2, out=out, overwrite=False)
+
+
+def test_an_export_is_the_policy_of_the_run_with_a_card_and_whole_or_not_there(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(config.run_dir, run)
+    usual = evaluation_of(config, run, {"limit": 2, "max_completion_length": 24, "samples": 2})
+    rates = evaluate(usual)["modes"]["run_tests"]["rates"]
+    base = load_model(config.model, config.dtype, "cpu").model
+    trained = with_adapter(base, config.run_dir / "adapter")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        want = trained(input_ids=ids).logits
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert main(["export", str(run), "--out", str(adapter)]) == 0
+    assert main(["export", str(run), "--out", str(merged), "--merged"]) == 0
+    with torch.no_grad():
+        again = with_adapter(load_model(config.model, config.dtype, "cpu").model, adapter)(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(merged)(input_ids=ids).logits
+    assert torch.equal(again, want)
+    assert torch.allclose(plain, want, rtol=0, atol=1e-4)
+    untrained = load_model(config.model, config.dtype, "cpu").model
+    assert not torch.allclose(plain, untrained(input_ids=ids).logits, rtol=0, atol=1e-4)
+    AutoTokenizer.from_pretrained(merged)
+    for folder in (adapter, merged):
+        text = (folder / "README.md").read_text()
+        for word in ("`projected`", f"| seed, steps | {config.seed}, 4 |", "(4 pairs)", str(folder)):
+            assert word in text
+        assert f"| run_tests | {rates['hack']['rate']:.3f} ± " in text
+    assert main(["export", str(run), "--out", str(adapter)]) == 2  # it is there
+    assert main(["export", str(run / "adapter"), "--out", str(tmp_path / "none")]) == 2  # and that is no run
+
+    sent = []
+    monkeypatch.setattr("projected_grpo.export.HfApi.create_repo", lambda self, name, exist_ok: sent.append(name))
+    monkeypatch.setattr(
+        "projected_grpo.export.HfApi.upload_folder",
+        lambda self, repo_id, folder_path, commit_message: sent.append((repo_id, sorted(os.listdir(folder_path)))),
+    )
+    assert main(["export", str(run), "--out", str(adapter), "--overwrite", "--push-to-hub", "org/name"]) == 0
+    assert sent == ["org/name", ("org/name", sorted(os.listdir(adapter)))]
+    assert "adapter_model.safetensors" in sent[1][1]
+    assert '"org/name"' in (adapter / "README.md").read_text()
+
+    def away(self, name, exist_ok):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("projected_grpo.export.HfApi.create_repo", away)
+    assert main(["export", str(run), "--out", str(tmp_path / "alone"), "--push-to-hub", "org/name"]) == 1
+    assert (tmp_path / "alone" / "adapter_model.safetensors").is_file()
 
 
 def test_a_basis_of_a_trained_policy_is_no_basis_for_a_new_run(finished, small_config):

@@ -111,6 +111,29 @@ def steer(args: list[str]) -> None:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished run."""
+    out: Path
+    """The folder to write."""
+    merged: bool = False
+    """The whole model, δ merged into its weights, which plain transformers loads; by default the adapter alone."""
+    push_to_hub: str | None = None
+    """Then upload it to this repository of the hub (org/name), with the token that `hf auth login` has left."""
+    overwrite: bool = False
+    """Replace `--out` where it exists."""
+
+
+def export(args: list[str]) -> None:
+    """A finished run for others: its adapter or its merged model, with a card that says what it does."""
+    options = parse(ExportOptions, args, "export")
+    console()
+    from projected_grpo.export import export
+
+    export(options.run, options.out, options.merged, options.overwrite, options.push_to_hub)
+
+
+@dataclass(frozen=True)
 class SmokeOptions:
     arms: tuple[ArmName, ...] = ("projected",)
     """Arms to run, one after another."""
@@ -141,6 +164,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "steer": steer,
+    "export": export,
     "smoke": smoke,
     **cli_micro.COMMANDS,
     **cli_sweep.COMMANDS,

@@ -23,6 +23,7 @@ ProjectRows = Literal["all", "student"]
 TokenReduction = Literal["sum", "mean"]
 ControlName = Literal["none", "random", "placebo_style", "placebo_wrong", "flipped"]
 ModeName = Literal["run_tests", "sentinel", "stdout_marker", "file_marker", "exit_code", "eq_override", "none"]
+Tracker = Literal["trackio", "wandb", "tensorboard"]
 Wording = Literal["plain", "detailed", "aware"]
 
 
@@ -218,6 +219,8 @@ class TrainConfig(BasisOptions):
     """Optimiser steps between two measurements of each rollout's own gradient (one more update's time); 0: never."""
     save_every: int = 20
     """Optimiser steps between two checkpoints."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that get every number of metrics.jsonl as `metrics/...`, and the rollouts as a table."""
     grader_workers: int | None = None
     """Completions graded at a time; the number of processors by default."""
     grader_cpu_seconds: float = 10.0

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from datasets import Dataset
 from loguru import logger
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig
 
 from projected_grpo import processes
@@ -29,6 +30,7 @@ from projected_grpo.env.problems import Problem
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.env.sandbox import Limits
 from projected_grpo.errors import InputError, RunInterrupted, naming_a_full_disk, saving_faults
+from projected_grpo.export import Facts, card
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import device_of, load_model
 from projected_grpo.pairs import PairSet
@@ -39,7 +41,9 @@ from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.run_state import differing, last_checkpoint, note_start
 from projected_grpo.sources import assign_modes, problems_of
 from projected_grpo.steplog import StepLog
+from projected_grpo.trackers import RolloutTables, check_trackers
 from projected_grpo.trainer import STATE_FILE, ProjectedGRPOTrainer
+from projected_grpo.version import code_version
 
 
 def train(config: TrainConfig) -> str:
@@ -52,6 +56,7 @@ def train(config: TrainConfig) -> str:
         RunFault: a NaN loss or a fault of the grader; the completions that caused it are in the folder.
         RunInterrupted: Ctrl-C; there is a checkpoint to go on from.
     """
+    check_trackers(config.report_to)
     processes.refuse_sharding()
     processes.join(device_of(config.device))
     processes.refused_by_main(lambda: _check_folder(config))
@@ -192,12 +197,15 @@ def _train(
             offload=config.offload,
             defer_budget_gb=config.defer_budget_gb,
             on_row=log.row if log is not None else _nowhere,
-            on_rollouts=_RolloutFile(folder / ROLLOUTS, start_step) if log is not None else _nowhere,
+            on_rollouts=_on_rollouts(config, folder, start_step) if log is not None else _nowhere,
         )
         drop_reference_copy(trainer)
         trainer.remove_callback(PrinterCallback)  # the step log is this and more
         stopper = StopOnInterrupt()
         trainer.add_callback(stopper)
+        for tracker in trainer.callback_handler.callbacks:
+            if isinstance(tracker, TensorBoardCallback):
+                tracker.logging_dir = str(folder / "tensorboard")
         with saving_faults(folder / "fault.txt"), stopper.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stopper.stopped and trainer.state.global_step < config.steps:
@@ -208,7 +216,8 @@ def _train(
         trainer.save_model(str(folder / "adapter"))
         if log is None:
             return ""
-        (folder / "adapter" / "README.md").write_text(_model_card(config))
+        facts = Facts(config, callback.basis.info, [code_version()], prompter.loaded.note, evaluation=None)
+        (folder / "adapter" / "README.md").write_text(card(facts, merged=False, name="ADAPTER_FOLDER"))
         callback.basis.save(folder / "basis.safetensors")
         files = {
             "metrics": folder / "metrics.jsonl",
@@ -240,19 +249,6 @@ def drop_reference_copy(trainer: ProjectedGRPOTrainer) -> None:
     """TRL's copy of a ready adapter; at δ = 0 the disabled adapter is the same reference, and free."""
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")
-
-
-def _model_card(config: TrainConfig) -> str:
-    return f"""---
-base_model: {config.model}
-library_name: peft
----
-A `delta_S` adapter of `{config.model}`: arm {config.arm}, preset {config.preset}, seed {config.seed},
-{config.steps} steps. It loads over the same weights in the same precision ({config.dtype}) only:
-
-    import projected_grpo  # teaches PEFT the method DELTA_S
-    model = PeftModel.from_pretrained(base_model, this_folder)
-"""
 
 
 def projection_of(
@@ -319,10 +315,26 @@ def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
         logging_steps=1,
         save_strategy="steps",
         save_steps=config.save_every,
-        report_to=[],
+        report_to=list(config.report_to),
+        run_name=config.run_dir.name,
+        project="projected_grpo",
         disable_tqdm=True,
         log_level="warning",
     )
+
+
+def _on_rollouts(config: TrainConfig, folder: Path, start_step: int) -> Callable[[list[dict]], None]:
+    """What is done with each generation's labelled rollouts."""
+    file = _RolloutFile(folder / ROLLOUTS, start_step)
+    if not config.report_to:
+        return file
+    tables = RolloutTables(config.report_to, folder / "tensorboard")
+
+    def write(rows: list[dict]) -> None:
+        file(rows)
+        tables(rows)
+
+    return write
 
 
 class StopOnInterrupt(TrainerCallback):

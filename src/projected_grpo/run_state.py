@@ -29,7 +29,7 @@ State = Literal["done", "evaluate", "resume", "start"]
 STARTS = "starts.json"
 LAST_FILE = "basis.safetensors"
 """What a trained run's folder is given last: with it the rest is whole."""
-NOT_COMPARED = {"resume", "overwrite", "grader_workers"}
+NOT_COMPARED = {"resume", "overwrite", "grader_workers", "report_to"}
 EVAL_NOT_COMPARED = {"adapter", "out", "overwrite", "grader_workers", "device"}
 
 

@@ -32,7 +32,7 @@ from projected_grpo.sweep_workers import (
     warm_up,
 )
 
-NOT_SHOWN = {"seed", "label", "out_root", "arm", "grader_workers", "overwrite", "resume"}
+NOT_SHOWN = {"seed", "label", "out_root", "arm", "grader_workers", "overwrite", "resume", "report_to"}
 
 
 def sweep(

@@ -38,6 +38,7 @@ from projected_grpo.projector import joint_norm
 from projected_grpo.rollout_grads import rollout_scores
 from projected_grpo.row_grads import RowGradRecorder
 from projected_grpo.step_meters import MemoryMeter, StepTimer
+from projected_grpo.trackers import numbers
 
 STATE_FILE = "projected_grpo_{}.pt"
 """In a checkpoint, of each process by its rank."""
@@ -289,10 +290,28 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        step_ended = "loss" in logs and self.model.training
-        super().log(logs, start_time)
-        if not step_ended:
+        if not ("loss" in logs and self.model.training):
+            super().log(logs, start_time)
             return
+        row = self._step_row()
+        if self.args.report_to:
+            for name, value in numbers(row).items():
+                self._metrics["train"][name].append(value)  # TRL puts them among its own
+        super().log(logs, start_time)
+        row |= {
+            "lr": logs.get("learning_rate"),
+            "kl": logs.get("kl"),
+            "entropy": logs.get("entropy"),
+            "completion_length": logs.get("completions/mean_length"),
+        }
+        self._reset_step()
+        # Every checkpoint holds the whole history: over a long run that is quadratic, and `on_row` has it all.
+        del self.state.log_history[:-1]
+        if self.accelerator.is_main_process:
+            self._on_row(row)
+
+    def _step_row(self) -> dict[str, Any]:
+        """All that is known of the step but for what TRL measures itself."""
         timing = {**self._timing, "step": self._timer.seconds}
         row = {
             "step": self.state.global_step,
@@ -301,10 +320,6 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             "grad_norm": self._grad_norm,
             **self._source_metrics(),
             **self.projection.metrics,
-            "lr": logs.get("learning_rate"),
-            "kl": logs.get("kl"),
-            "entropy": logs.get("entropy"),
-            "completion_length": logs.get("completions/mean_length"),
             **self._measured,
             **{f"time/{part}": seconds for part, seconds in timing.items()},
         }
@@ -312,11 +327,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         row |= {f"memory/{part}_gb": most for part, most in self._memory.most.items()}
         others = ("time/generation", "time/grading", "time/refresh", "time/rollout_grads")
         row["time/update"] = row["time/step"] - sum(row.get(part, 0.0) for part in others)
-        self._reset_step()
-        # Every checkpoint holds the whole history: over a long run that is quadratic, and `on_row` has it all.
-        del self.state.log_history[:-1]
-        if self.accelerator.is_main_process:
-            self._on_row(row)
+        return row
 
     # --- checkpoints: what TRL forgets -----------------------------------------------------------------------------
 
