@@ -19,7 +19,7 @@ smoke-all:
     for caches in cold warm; do \
       echo "== $caches caches"; \
       OMP_NUM_THREADS=1 PROJECTED_GRPO_CACHE=out/smoke-all/cache projected-grpo smoke --out out/smoke-all/$caches --arms \
-        vanilla projected random random_matched placebo_style placebo_wrong flipped; \
+        vanilla projected held random random_matched placebo_style placebo_wrong flipped; \
     done
 
 # SmolLM2-135M (Q4_1 weights, dequantised) on real problems, a few steps on the CPU

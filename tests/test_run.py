@@ -27,6 +27,7 @@ from projected_grpo.errors import InputError, RunFault, RunInterrupted
 from projected_grpo.evaluate import evaluate
 from projected_grpo.extract import extract
 from projected_grpo.models import load_model
+from projected_grpo.presets import of_arm
 from projected_grpo.run import train
 from projected_grpo.run_state import evaluation_of
 from projected_grpo.saved_adapter import with_adapter
@@ -173,9 +174,9 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(small_config, tmp_path, 
 OTHER_BASES = [pytest.param(arm, marks=pytest.mark.slow) for arm in ("random", "flipped", "placebo_style")]
 
 
-@pytest.mark.parametrize("arm", ["vanilla", "random_matched", "placebo_wrong", *OTHER_BASES])
+@pytest.mark.parametrize("arm", ["vanilla", "held", "random_matched", "placebo_wrong", *OTHER_BASES])
 def test_every_arm_runs_and_does_what_it_says(small_config, arm, finished):
-    config = replace(small_config, arm=arm, steps=1, rollout_grad_every=0, max_grad_norm=0.0)
+    config = replace(of_arm(small_config, arm), steps=1, rollout_grad_every=0, max_grad_norm=0.0)
     train(config)
     (row,) = rows_of(config)
     (whole, projected) = row["grad_norm"], row["grad_norm_projected"]
@@ -183,6 +184,14 @@ def test_every_arm_runs_and_does_what_it_says(small_config, arm, finished):
         assert row["cout"] == row["cin"]
         assert row["cup_in"] == row["cup_out"]
         assert projected == pytest.approx(whole, rel=1e-6)
+    elif arm == "held":
+        assert row["cout"] == row["cin"]
+        assert row["hold/floor"] == pytest.approx(0.42 * config.learning_rate)
+        assert row["hold/axes"] > 0
+        along = HackBasis.load(config.run_dir / "basis.safetensors").directions
+        deltas = delta_of(config)
+        lowest = min((v @ deltas[f"base_model.model.{name}.delta_s"]).min() for name, v in along.items())
+        assert lowest == pytest.approx(row["hold/floor"], rel=1e-4)
     elif arm == "random_matched":  # what is gone is the real basis's share, whatever direction it went in
         real = rows_of(finished[0])[0]["cin"]
         assert row["overshoot"] * row["cin"] == pytest.approx(real, rel=1e-5)
@@ -190,7 +199,7 @@ def test_every_arm_runs_and_does_what_it_says(small_config, arm, finished):
         assert row["cout"] < 1e-5
         assert projected == pytest.approx(whole * (1 - row["cin"] ** 2) ** 0.5, rel=1e-4)
     kind = HackBasis.load(config.run_dir / "basis.safetensors").info.kind
-    assert kind == {"vanilla": "real", "random_matched": "random"}.get(arm, arm)
+    assert kind == {"vanilla": "real", "held": "real", "random_matched": "random"}.get(arm, arm)
 
 
 def test_vanilla_is_not_touched_by_what_measures_it(small_config, monkeypatch):

@@ -220,6 +220,16 @@ def test_each_seed_may_have_a_model_of_its_own(sweep_file):
     assert len({config.basis for config, _ in plan.runs}) == 2
 
 
+def test_an_arm_brings_its_settings_and_what_is_written_goes_before_them(sweep_file):
+    held = read_sweep(sweep_file(lambda text: text.replace('arm = "vanilla"', 'arm = "held"'))).runs[0][0]
+    assert (held.project_target, held.hold_rate, held.hold_cap) == ("displacement", 0.42, 28.0)
+    other = 'arm = "held"\nhold_cap = 5'
+    held = read_sweep(sweep_file(lambda text: text.replace('arm = "vanilla"', other))).runs[0][0]
+    assert (held.hold_rate, held.hold_cap) == (0.42, 5.0)
+    vanilla = read_sweep(sweep_file()).runs[0][0]
+    assert (vanilla.project_target, vanilla.hold_rate) == ("grad", 0.0)
+
+
 def test_a_basis_is_named_by_what_decides_it_and_by_nothing_else(sweep_file):
     def bases(setting):
         plan = read_sweep(sweep_file(lambda text: text.replace("overshoot = 1", setting)))

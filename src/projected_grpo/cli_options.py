@@ -16,7 +16,7 @@ import tyro
 
 from projected_grpo.config import TrainConfig
 from projected_grpo.errors import InputError
-from projected_grpo.presets import PRESETS
+from projected_grpo.presets import ARM_SETTINGS, PRESETS, of_arm
 
 PROG = "projected-grpo"
 DEFAULT_PRESET = "full"
@@ -50,7 +50,11 @@ def copy_fields(target: type, shared: type, source: Any, skip: Set[str] = frozen
 def with_preset(args: list[str], command: str, build: Callable[[TrainConfig], Any]) -> Any:
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         args = [DEFAULT_PRESET, *args]  # naming the arm alone gives the published setting
-    presets = {name: (text, build(config)) for name, (text, config) in PRESETS.items()}
+    arm, _ = take(args, "--arm")
+    presets = {
+        name: (text, build(config if arm not in ARM_SETTINGS else of_arm(config, arm)))
+        for name, (text, config) in PRESETS.items()
+    }
     return parse(None, args, command, presets=presets)
 
 

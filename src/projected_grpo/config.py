@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from projected_grpo.errors import InputError
 
 ArmName = Literal[
-    "vanilla", "projected", "random", "random_matched", "placebo_style", "placebo_wrong", "flipped", "oracle"
+    "vanilla", "projected", "held", "random", "random_matched", "placebo_style", "placebo_wrong", "flipped", "oracle"
 ]
 Gate = Literal["one_sided", "no_gate", "reverse"]
 ProjectTarget = Literal["grad", "update", "both", "displacement"]
@@ -130,7 +130,8 @@ class TrainConfig(BasisOptions):
     preset: str = "full"
     """Names the run's folder; set by the preset."""
     arm: ArmName = "projected"
-    """`vanilla` is measured and not touched; `projected` is the method; the others are its controls."""
+    """`vanilla` is measured and not touched; `projected` is the method, `held` a change to it; the others are its
+    controls."""
     label: str | None = None
     """Name of the run's folder, and of its arm in a report; the arm's own by default."""
     exploratory: bool = False
@@ -258,6 +259,10 @@ class TrainConfig(BasisOptions):
             not held or (self.gate != "reverse" and not self.preserve_magnitude and not self.vhack_refresh_every),
             "--project-target displacement goes with neither --gate reverse, --preserve-magnitude nor "
             "--vhack-refresh-every: it takes nothing out of a step, and a new basis would make δ jump",
+        )
+        _require(
+            self.arm != "held" or (held and self.hold_rate > 0),
+            f"arm held holds δ: it needs --project-target displacement, not {target}, and a --hold-rate above 0",
         )
         _require(
             self.arm != "random_matched" or (target != "displacement" and self.update_metric == "euclidean"),

@@ -36,7 +36,7 @@ class RunKind:
 
     @property
     def is_control(self) -> bool:
-        return self.arm not in ("vanilla", "projected")
+        return self.arm not in ("vanilla", "projected", "held")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from projected_grpo.config import EvalConfig, TrainConfig, is_a
 from projected_grpo.errors import InputError
-from projected_grpo.presets import preset_defaults
+from projected_grpo.presets import of_arm, preset_defaults
 from projected_grpo.run_state import evaluation_of
 from projected_grpo.sources import pairs_selected, problems_of
 
@@ -107,7 +107,8 @@ def _sweep(
         labels = set()
         for where, values in settings:
             with _named(where):
-                config = replace(defaults, **values, seed=seed, out_root=out_root)
+                config = replace(defaults, seed=seed, out_root=out_root)
+                config = replace(of_arm(config, values.get("arm", config.arm)), **values)
                 config = replace(config, model=config.model.replace("{seed}", str(seed)))
                 problems_of(config.problems)
                 if config.basis is None:

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from projected_grpo.report.compare import Arm, Study
+from projected_grpo.report.runs import REAL
 from projected_grpo.report.settings import runs_of
 from projected_grpo.report.stats import t_interval
 
@@ -114,7 +115,7 @@ def banded_arms(arms: Sequence[Arm]) -> tuple[set[str], str]:
     """The kinds of arms that get a band, and words about it: a dozen bands on each other show nothing."""
     if len(arms) <= MANY:
         return {arm.kind for arm in arms}, ""
-    return {"vanilla", "projected"}, ", of vanilla and projected arms alone"
+    return {"vanilla", *REAL}, ", of vanilla and of arms on the real basis alone"
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, dict]], right: float, gap: float) -> None:

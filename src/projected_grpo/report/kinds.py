@@ -11,6 +11,7 @@ from projected_grpo.hack_styles import AXIS_STYLES, STYLES, place_in_pairs
 from projected_grpo.micro.texts import MODES
 from projected_grpo.report.compare import Arm, Paired, Study, compare_all, summarise
 from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure
+from projected_grpo.report.runs import REAL
 from projected_grpo.report.settings import runs_of
 from projected_grpo.report.table import NONE, Table, points, points_range
 from projected_grpo.report.tables import ONE_SEED, empty_reasons, rate_cells
@@ -54,7 +55,7 @@ def measure_of(key: str, source: str, name: str) -> Measure:
 def place_of(arm: Arm, key: str, name: str) -> str:
     """Whether the arm's own pairs showed that style or mode; `-` where the configs do not tell."""
     runs = runs_of(arm)
-    if not runs or arm.kind not in ("projected", "flipped"):
+    if not runs or arm.kind not in (*REAL, "flipped"):
         return NONE
     config = runs[0].config
     without, pairs = config["pairs_without"], config.get("pairs", "hacks")

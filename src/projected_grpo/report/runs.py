@@ -20,6 +20,8 @@ from projected_grpo.errors import InputError
 from projected_grpo.run_state import is_trained, read_starts
 from projected_grpo.steplog import Metrics, read_metrics
 
+REAL = ("projected", "held")
+"""Arms that act on the real basis."""
 CONTROLS = ("random", "random_matched", "placebo_style", "placebo_wrong", "flipped")
 EVAL_SETTINGS = ("problems", "limit", "samples", "modes", "wording", "temperature", "top_p", "max_completion_length")
 
@@ -231,7 +233,7 @@ def _refuse_mixtures(runs: Sequence[Run]) -> None:
 
 def _place(run: Run) -> tuple[int, bool, str]:
     """vanilla, the real basis, the controls in the order of the spec, then the rest; labelled ones behind their arm."""
-    order = ("vanilla", "projected", *CONTROLS)
+    order = ("vanilla", *REAL, *CONTROLS)
     return order.index(run.kind) if run.kind in order else len(order), run.name != run.kind, run.name
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from projected_grpo.report import stats
 from projected_grpo.report.compare import Arm, Paired, Study, summarise
 from projected_grpo.report.observe import Measure
-from projected_grpo.report.runs import CONTROLS, Run
+from projected_grpo.report.runs import CONTROLS, REAL, Run
 from projected_grpo.report.settings import OF_THE_METHOD, departures, exploratory, runs_of, same_settings, varying
 from projected_grpo.steplog import LAST
 
@@ -255,7 +255,7 @@ def _overrun(study: Study, control: Arm) -> tuple[bool | None, str]:
 
 def control_pairs(study: Study) -> list[tuple[Arm, Arm]]:
     """(control, real basis) of the same settings; a control that fits none stands beside the arm `projected`."""
-    reals = [arm for arm in study.arms.values() if arm.kind == "projected" and arm.runs]
+    reals = [arm for arm in study.arms.values() if arm.kind in REAL and arm.runs]
     found = []
     for control in study.arms.values():
         if control.kind not in CONTROLS or not control.runs:
