@@ -27,6 +27,8 @@ class Prompter:
     max_prompt_length: int | None = None
     wording: str = "plain"
     """Of the hint of mode `run_tests`; the other modes have one."""
+    max_completion_length: int = 0
+    """Tokens that a row's prompt has to leave of the model's context."""
 
     @property
     def template_kwargs(self) -> dict:
@@ -49,7 +51,7 @@ class Prompter:
         """A dataset row: what TRL needs, and what the reward and the pool look it up by.
 
         Raises:
-            InputError: the prompt is longer than `max_prompt_length` tokens.
+            InputError: the prompt is longer than `max_prompt_length` tokens, or leaves the completion too few.
         """
         prompt, opening = self.prompt(problem, mode)
         n_tokens = len(encode_prompt(self.loaded.tokenizer, prompt, self.template_kwargs))
@@ -57,6 +59,13 @@ class Prompter:
             raise InputError(
                 f"problem {problem.id}: its prompt has {n_tokens} tokens, over max_prompt_length="
                 f"{self.max_prompt_length}; leave it out or raise --max-prompt-length"
+            )
+        context = getattr(self.loaded.model.config, "max_position_embeddings", None)
+        if context is not None and n_tokens + self.max_completion_length > context:
+            raise InputError(
+                f"problem {problem.id}: its prompt of {n_tokens} tokens and a completion of "
+                f"{self.max_completion_length} exceed the {context} that {self.loaded.name} takes; lower "
+                "--max-completion-length or leave the problem out"
             )
         return {
             "prompt": prompt,

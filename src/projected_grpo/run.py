@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> str:
     basis = _basis_of(config, pairs)
     with processes.main_first():
         loaded = load_model(config.model, config.dtype, config.device)
-    prompter = Prompter(loaded, config.max_prompt_length, config.wording)
+    prompter = Prompter(loaded, config.max_prompt_length, config.wording, config.max_completion_length)
     dataset = Dataset.from_list(prompt_rows(prompter, problems, [modes[problem.id] for problem in problems]))
     if pool is not None:
         by_id = {problem.id: problem for problem in problems}
