@@ -23,6 +23,7 @@ ProjectRows = Literal["all", "student"]
 TokenReduction = Literal["sum", "mean"]
 ControlName = Literal["none", "random", "placebo_style", "placebo_wrong", "flipped"]
 ModeName = Literal["run_tests", "sentinel", "stdout_marker", "file_marker", "exit_code", "eq_override", "none"]
+VllmMode = Literal["off", "colocate", "server"]
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Wording = Literal["plain", "detailed", "aware"]
 
@@ -213,6 +214,12 @@ class TrainConfig(BasisOptions):
     """Trade compute for memory."""
     offload: bool = True
     """While a GPU generates, keep the factors of delta_S and the unmerged weights in host memory (Qwen3-4B: 27 GB)."""
+    vllm: VllmMode = "off"
+    """Generate with vLLM: `colocate` on the training GPU, or `server`, a `trl vllm-serve` of the same model."""
+    vllm_gpu_memory: float = 0.3
+    """Mode `colocate`: the share of the GPU's memory that vLLM takes for weights and cache."""
+    vllm_server: str = "http://localhost:8000"
+    """Mode `server`: where it listens."""
     defer_budget_gb: float = 1.0
     """Memory for weights' gradients summed over a step's micro-batches, from which delta_S's is made once; 0: none."""
 
@@ -286,6 +293,7 @@ class TrainConfig(BasisOptions):
             _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")
         at_least(self, "max_completion_length", 1)
         _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
+        _require(0 < self.vllm_gpu_memory < 1, f"--vllm-gpu-memory {self.vllm_gpu_memory} must be in (0, 1)")
         _require(bool(self.modes), "--modes names no mode")
         _require(
             self.label is None or re.fullmatch(r"[\w.+-]+", self.label) is not None,

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from projected_grpo import processes
 from projected_grpo.adapter import DeltaSConfig
@@ -57,6 +58,8 @@ def train(config: TrainConfig) -> str:
         RunInterrupted: Ctrl-C; there is a checkpoint to go on from.
     """
     check_trackers(config.report_to)
+    if config.vllm != "off" and not is_vllm_available():
+        raise InputError(f"--vllm {config.vllm}: vLLM is not installed; install projected-grpo[vllm] on a GPU machine")
     processes.refuse_sharding()
     processes.join(device_of(config.device))
     processes.refused_by_main(lambda: _check_folder(config))
@@ -286,6 +289,12 @@ def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
             f"{rows} rows (--prompts-per-step x --group-size); change one of them"
         )
     accumulation = rows // at_once
+    own_rows = config.micro_batch * accumulation * config.steps_per_generation
+    if config.vllm != "off" and own_rows % config.group_size:
+        raise InputError(
+            f"--vllm {config.vllm}: each of {processes.world_size()} processes has {own_rows} rows of a generation, no "
+            f"whole groups of {config.group_size}; use fewer processes or another --prompts-per-step"
+        )
     return GRPOConfig(
         output_dir=str(config.run_dir / "checkpoints"),
         seed=config.seed,
@@ -315,6 +324,11 @@ def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
         logging_steps=1,
         save_strategy="steps",
         save_steps=config.save_every,
+        use_vllm=config.vllm != "off",
+        vllm_mode="server" if config.vllm == "off" else config.vllm,
+        vllm_gpu_memory_utilization=config.vllm_gpu_memory,
+        vllm_enable_sleep_mode=config.vllm == "colocate" and config.offload,
+        vllm_server_base_url=config.vllm_server,
         report_to=list(config.report_to),
         run_name=config.run_dir.name,
         project="projected_grpo",

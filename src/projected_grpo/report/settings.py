@@ -9,7 +9,10 @@ from projected_grpo.report.runs import Run
 if TYPE_CHECKING:
     from projected_grpo.report.compare import Arm
 
-PLACES = {"out_root", "overwrite", "resume", "grader_workers", "device", "save_every", "basis", "report_to"}
+PLACES = {
+    *("out_root", "overwrite", "resume", "grader_workers", "device", "save_every", "basis", "report_to"),
+    *("vllm_gpu_memory", "vllm_server"),
+}
 """Where things lie and how fast they go: two runs that differ in these alone are one experiment."""
 NAMES = {"arm", "label", "seed", "preset", "exploratory"}
 OF_THE_METHOD = {
