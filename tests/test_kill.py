@@ -1,7 +1,8 @@
-"""A real process that is killed, at twenty moments drawn at random, and goes on to the same end, bit for bit.
+"""A real process that is killed, at more than twenty moments drawn at random, and goes on to the same end, bit for bit.
 
-Half of the moments are drawn over the time that the run takes, so that most fall inside of steps; half over the
-openings, renamings and removals of files in the run's folder, so that they fall where something is being written.
+The moments are of three kinds: over the time that the run takes, so that most fall inside of steps; over the openings,
+renamings and removals of files in the run's folder, between two of which something is being written; and inside of
+what writes, which then leaves half a file behind.
 """
 
 import gzip
@@ -13,22 +14,56 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import peft.peft_model
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from projected_grpo import basis, run, steplog
 from projected_grpo.run import train
 from projected_grpo.steplog import read_metrics
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 REUSE = {"steps_per_generation": 2, "num_iterations": 2, "prompts_per_step": 1, "vhack_refresh_every": 2, "beta": 0.01}
-KILLS = 10
-"""Kills of each of two kinds of run; every third run is killed once more after its first resume."""
+KILLS = 12
+"""Kills of each of two kinds of run; every fourth run is killed once more after its first resume."""
 
 
-def go(config, counted_to, die_at):
-    """The run in a process of its own; it dies at its `die_at`-th touch of a file in the run's folder."""
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Tear:
+    """Makes what writes a run's files die at its `turn`-th call, all of them counted together, with half a file there,
+    or half of what was to be appended."""
+
+    def __init__(self, turn):
+        self.turn, self.calls = turn, 0
+        torch.save = self.torn(torch.save, lambda _, path, **__: path)  # optimiser, generators, our own state
+        peft.peft_model.safe_save_file = self.torn(peft.peft_model.safe_save_file, lambda _, path, **__: path)  # δ
+        basis.save_file = self.torn(basis.save_file, lambda _, path, **__: path)
+        steplog.StepLog.row = self.torn(steplog.StepLog.row, lambda log, _: log.metrics_path)
+        run._RolloutFile.__call__ = self.torn(run._RolloutFile.__call__, lambda file, _: file.path)
+
+    def torn(self, write, path_of):
+        def torn(*args, **kwargs):
+            path = Path(path_of(*args, **kwargs))
+            before = path.stat().st_size if path.is_file() and path.suffix in (".jsonl", ".gz") else 0
+            done = write(*args, **kwargs)
+            self.calls += 1
+            if self.calls == self.turn:
+                path.write_bytes(path.read_bytes()[: (before + path.stat().st_size) // 2])
+                die()
+            return done
+
+        return torn
+
+
+def go(config, counted_to, die_at, tear=None):
+    """The run in a process of its own; it dies at its `die_at`-th touch of a file in the run's folder, or inside of the
+    `tear`-th writing of one. `counted_to`: where to write down how many there are of both."""
     touched, folder = 0, str(config.run_dir)
 
     def note(event, args):
@@ -36,13 +71,14 @@ def go(config, counted_to, die_at):
         if event in FILE_EVENTS and isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(folder):
             touched += 1
             if touched == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
 
     sys.addaudithook(note)
     torch.set_num_threads(1)
+    writings = Tear(tear)
     train(config)
     if counted_to is not None:
-        counted_to.write_text(str(touched))
+        counted_to.write_text(json.dumps([touched, writings.calls]))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +94,8 @@ def left_by(config):
     with gzip.open(config.run_dir / "rollouts.jsonl.gz", "rt") as file:
         rollouts = [json.loads(line) for line in file]
     metrics = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
-    basis = (config.run_dir / "basis.safetensors").read_bytes()
-    return metrics, rollouts, basis, load_file(config.run_dir / "adapter" / "adapter_model.safetensors")
+    directions = (config.run_dir / "basis.safetensors").read_bytes()
+    return metrics, rollouts, directions, load_file(config.run_dir / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
@@ -74,17 +110,20 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_nobody_touched(processes, s
     process.join()
     took = time.monotonic() - began
     assert process.exitcode == 0
-    metrics, rollouts, basis, adapter = left_by(whole)
+    metrics, rollouts, directions, adapter = left_by(whole)
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
 
-    draw, died, number = random.Random(20261127), 0, 0
+    touches, writings = json.loads(counts.read_text())
+    draw, died, number, went_on = random.Random(20261127), 0, 0, 0
     while died < KILLS:  # a moment may lie past the end of a run that was faster than the first
         config = replace(whole, out_root=tmp_path / f"killed-{number}")
-        for kill in range(1 + (number % 3 == 2)):
+        for kill in range(1 + (number % 4 == 3)):
             # A resumed run is shorter, so its moment is drawn over the first half.
-            die_at = draw.randint(1, int(counts.read_text()) // (1 + kill)) if number % 2 else None
-            wait = draw.uniform(0, took / (1 + kill)) if die_at is None else None
-            process = processes.Process(target=go, args=(as_it_stands(config), None, die_at))
+            how = number % 3
+            wait = draw.uniform(0, took / (1 + kill)) if how == 0 else None
+            die_at = draw.randint(1, touches // (1 + kill)) if how == 1 else None
+            tear = draw.randint(1, writings // (1 + kill)) if how == 2 else None
+            process = processes.Process(target=go, args=(as_it_stands(config), None, die_at, tear))
             process.start()
             process.join(wait)
             if process.is_alive():
@@ -95,12 +134,15 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_nobody_touched(processes, s
         process.start()
         process.join()
         assert process.exitcode == 0, number
+        # Had it begun from the first step each time, it would end the same.
+        went_on += "rows of steps after" in (config.run_dir / "train.log").read_text()
         again = left_by(config)
-        assert again[:3] == (metrics, rollouts, basis), number
+        assert again[:3] == (metrics, rollouts, directions), number
         assert again[3].keys() == adapter.keys()
         assert all(torch.equal(again[3][name], adapter[name]) for name in adapter), number
         number += 1
         assert number < 3 * KILLS
+    assert went_on >= 2
 
 
 def as_it_stands(config):

@@ -114,6 +114,7 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_steps_since_the_last_checkp
     lines = done.stdout.splitlines()
     assert "first 1" in lines, done.stderr
     assert "second 0" in lines, done.stderr
+    assert "rows of steps after 3" in done.stderr  # had it begun anew, it would end the same
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("stopped:")]
     assert f"the disk that {disk} lies on is full; free some and go on with projected-grpo train --config" in line
     again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,5 @@
 """A whole run through `train`: what it leaves, that it repeats itself, that it resumes, and what it refuses."""
 
-import fcntl
 import gzip
 import json
 import os
@@ -29,7 +28,7 @@ from projected_grpo.extract import extract
 from projected_grpo.models import load_model
 from projected_grpo.presets import of_arm
 from projected_grpo.run import train
-from projected_grpo.run_state import evaluation_of
+from projected_grpo.run_state import evaluation_of, locked
 from projected_grpo.saved_adapter import with_adapter
 from projected_grpo.steer import moved_along, steer
 from projected_grpo.steplog import read_metrics
@@ -240,10 +239,8 @@ def test_a_folder_with_another_run_is_refused_and_kept(small_config):
 def test_a_folder_in_use_is_refused(small_config):
     folder = small_config.run_dir
     folder.mkdir(parents=True)
-    handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    refused(replace(small_config, overwrite=True), "in use")
-    os.close(handle)
+    with locked(folder):
+        refused(replace(small_config, overwrite=True), "in use")
 
 
 @pytest.mark.parametrize("damage", ["its seal", pytest.param("optimizer.pt", marks=pytest.mark.slow)])
@@ -369,19 +366,24 @@ def test_an_export_is_the_policy_of_the_run_with_a_card_and_whole_or_not_there(f
         assert f"| run_tests | {rates['hack']['rate']:.3f} ± " in text
     assert main(["export", str(run), "--out", str(adapter)]) == 2  # it is there
     assert main(["export", str(run / "adapter"), "--out", str(tmp_path / "none")]) == 2  # and that is no run
+    assert main(["export", str(run), "--out", str(tmp_path), "--overwrite"]) == 2  # that would take the run with it
+    assert (run / "config.json").is_file()
+    assert not (adapter / "training_args.bin").exists()
 
     sent = []
-    monkeypatch.setattr("projected_grpo.export.HfApi.create_repo", lambda self, name, exist_ok: sent.append(name))
+    monkeypatch.setattr(
+        "projected_grpo.export.HfApi.create_repo", lambda self, name, exist_ok, private: sent.append((name, private))
+    )
     monkeypatch.setattr(
         "projected_grpo.export.HfApi.upload_folder",
         lambda self, repo_id, folder_path, commit_message: sent.append((repo_id, sorted(os.listdir(folder_path)))),
     )
     assert main(["export", str(run), "--out", str(adapter), "--overwrite", "--push-to-hub", "org/name"]) == 0
-    assert sent == ["org/name", ("org/name", sorted(os.listdir(adapter)))]
+    assert sent == [("org/name", True), ("org/name", sorted(os.listdir(adapter)))]
     assert "adapter_model.safetensors" in sent[1][1]
     assert '"org/name"' in (adapter / "README.md").read_text()
 
-    def away(self, name, exist_ok):
+    def away(self, name, exist_ok, private):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr("projected_grpo.export.HfApi.create_repo", away)

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_sweep import bad, good, killed_once, log_of, nothing, plan_of, refusing, tries_of
+from test_sweep import bad, finish, good, killed_once, log_of, nothing, plan_of, refusing, tries, tries_of
 
 from projected_grpo.cli import main
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
@@ -46,8 +46,17 @@ for path in jobs.glob("[0-9]*"):
         if state != "Z":
             print(path.name)
 """,
+    "scontrol": """
+number = sys.argv[-1]
+environment = os.environ | {"SLURM_JOB_ID": number}
+process = subprocess.Popen(["bash", str(jobs / f"{number}.sbatch")], env=environment, start_new_session=True,
+    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+(jobs / number).write_text(str(process.pid))
+""",
     "scancel": """
 import signal
+if "--state=PENDING" in sys.argv:
+    sys.exit()
 number = signal.SIGTERM if "--signal=TERM" in sys.argv else signal.SIGKILL
 try:
     os.killpg(int((jobs / sys.argv[-1]).read_text()), number)
@@ -114,14 +123,27 @@ def test_a_job_that_fails_twice_or_a_preparation_that_refuses_is_reported(tmp_pa
         go(plan, good, preparation=refusing)
 
 
+def out_of_time(task):
+    """Slurm says so once, in the middle of a run."""
+    if tries(task) == 1:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(60)
+    finish(task.config, task.evaluation)
+
+
+def test_a_job_that_is_out_of_time_goes_back_into_the_queue_and_is_no_failure(tmp_path, jobs, capfd):
+    plan = plan_of(tmp_path, seeds=(41,))
+    go(plan, out_of_time)
+    assert [len(tries_of(run)) for run in plan.runs] == [2, 2]
+    assert [state_of(*run) for run in plan.runs] == ["done"] * 2
+    assert "trying once more" not in capfd.readouterr().err
+    assert len(list(jobs.glob("*.sbatch"))) == 3  # one that prepared, and one a run
+
+
 def until_sigterm(task):
-    """As a run does: it ends when it is asked to, having done what it can."""
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    """It has no handler of its own, as a run that is still starting."""
     os.kill(int((task.config.out_root / "pid").read_text()), signal.SIGINT)
-    while not asked:
-        time.sleep(0.05)
-    raise RunInterrupted("stopped with a checkpoint")
+    time.sleep(60)
 
 
 def test_ctrl_c_asks_every_job_to_stop(tmp_path, jobs, capfd):
@@ -140,7 +162,8 @@ def test_ctrl_c_asks_every_job_to_stop(tmp_path, jobs, capfd):
     [
         (["--slurm", "partition=x"], ["--slurm partition=x", "--launcher slurm"]),
         (["--launcher", "slurm", "--slurm", "partition"], ["--slurm 'partition' is not KEY=VALUE"]),
-        (["--launcher", "slurm", "--slurm", "color=red"], ["--slurm: Unavailable parameter(s): ['color']"]),
+        (["--launcher", "slurm"], ["give each job's time in minutes"]),
+        (["--launcher", "slurm", "--slurm", "time=5", "color=red"], ["--slurm: Unavailable parameter(s): ['color']"]),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(tmp_path, jobs, capsys, flags, words):

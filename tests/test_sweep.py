@@ -1,6 +1,5 @@
 """`sweep`: what it plans and refuses, what it skips and takes up again, and that one run's end stops nothing else."""
 
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from projected_grpo.cli import main
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
 from projected_grpo.paths import seal
 from projected_grpo.presets import preset_defaults
-from projected_grpo.run_state import LAST_FILE, state_of
+from projected_grpo.run_state import LAST_FILE, locked, state_of
 from projected_grpo.sweep import sweep
 from projected_grpo.sweep_file import read_sweep, sweep_of
 from projected_grpo.sweep_watch import last_rows
@@ -346,6 +345,8 @@ def test_the_state_of_a_run_is_read_off_its_folder(tmp_path):
     assert state_of(config, evaluation) == "start"
     folder.mkdir(parents=True)
     assert state_of(config, evaluation) == "start"
+    (folder / "config.json.tmp").write_text("{")  # killed as it began
+    assert state_of(config, evaluation) == "start"
     (folder / "config.json").write_text(replace(config, grader_workers=9).to_json())
     assert state_of(config, evaluation) == "start"
     torn, whole, end = (folder / "checkpoints" / f"checkpoint-{step}" for step in (5, 3, config.steps))
@@ -357,7 +358,8 @@ def test_the_state_of_a_run_is_read_off_its_folder(tmp_path):
         seal(checkpoint)
         assert state_of(config, evaluation) == ("resume" if checkpoint == whole else "start")
     (whole / "optimizer.pt").write_text("y")
-    assert state_of(config, evaluation) == "start"
+    with pytest.raises(InputError, match=r"holds 2 checkpoints and none is whole.*--overwrite"):
+        state_of(config, evaluation)
     (whole / "optimizer.pt").write_text("x")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
@@ -389,11 +391,8 @@ def test_what_is_no_run_in_use_or_evaluated_otherwise_is_refused(tmp_path):
     (config.run_dir / "eval.json").write_text("[]")
     with pytest.raises(InputError, match=r"eval\.json is no evaluation"):
         state_of(config, evaluation)
-    handle = os.open(config.run_dir, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="in use"):
+    with locked(config.run_dir), pytest.raises(InputError, match="in use"):
         state_of(config, evaluation)
-    os.close(handle)
     (config.run_dir / "config.json").unlink()
     with pytest.raises(InputError, match="holds no run"):
         state_of(config, evaluation)
@@ -509,20 +508,9 @@ def test_the_status_of_a_sweep_is_read_off_its_folders_alone(tmp_path, capsys):
         (config.run_dir / LAST_FILE).unlink()
         (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.utime(stopped.run_dir / "metrics.jsonl", (1, 1))
-    handle = os.open(running.run_dir, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    args = [
-        "--preset",
-        "smoke",
-        "--arms",
-        "vanilla,projected",
-        "--seeds",
-        "41,42,43",
-        "--out-root",
-        str(tmp_path / "out"),
-    ]
-    assert main(["sweep", "status", *args]) == 0
-    os.close(handle)
+    args = ["--preset", "smoke", "--arms", "vanilla,projected", "--seeds", "41,42,43"]
+    with locked(running.run_dir):
+        assert main(["sweep", "status", *args, "--out-root", str(tmp_path / "out")]) == 0
     header, *lines, last = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["run", "state", "steps"]
     assert [line.split() for line in lines[:4]] == [

@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad arguments or bad input files (one line that says which
 1 anything else.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -120,6 +121,8 @@ class ExportOptions:
     """The whole model, δ merged into its weights, which plain transformers loads; by default the adapter alone."""
     push_to_hub: str | None = None
     """Then upload it to this repository of the hub (org/name), with the token that `hf auth login` has left."""
+    public: bool = False
+    """Where the repository is new: for everybody to see."""
     overwrite: bool = False
     """Replace `--out` where it exists."""
 
@@ -130,7 +133,7 @@ def export(args: list[str]) -> None:
     console()
     from projected_grpo.export import export
 
-    export(options.run, options.out, options.merged, options.overwrite, options.push_to_hub)
+    export(options.run, options.out, options.merged, options.overwrite, options.push_to_hub, options.public)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except RunFault as fault:
         print(f"stopped: {fault}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(
+            f"stopped: the disk is full, no space left{where}; free some and give the same command again",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -35,7 +35,7 @@ class Facts:
     evaluation: dict[str, Any] | None
 
 
-def export(run: Path, out: Path, merged: bool, overwrite: bool, push_to_hub: str | None) -> Path:
+def export(run: Path, out: Path, merged: bool, overwrite: bool, push_to_hub: str | None, public: bool = False) -> Path:
     """Write `out` whole or not at all, then push it where that is asked for; returns `out`.
 
     Raises:
@@ -44,6 +44,10 @@ def export(run: Path, out: Path, merged: bool, overwrite: bool, push_to_hub: str
     """
     if not (run / "config.json").is_file() or not is_trained(run):
         raise InputError(f"RUN {run} is no finished run; give a folder that `projected-grpo train` has filled")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder")
+    if run.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"--out {out} holds the run itself; choose another folder")
     if out.exists() and not overwrite:
         raise InputError(f"--out {out} exists; choose another folder or add --overwrite")
     config = TrainConfig.from_file(run / "config.json")
@@ -55,7 +59,8 @@ def export(run: Path, out: Path, merged: bool, overwrite: bool, push_to_hub: str
         if merged:
             note = _write_merged(config, run / "adapter", folder)
         else:
-            shutil.copytree(run / "adapter", folder)
+            # The trainer's own arguments are a pickle, full of this machine's paths.
+            shutil.copytree(run / "adapter", folder, ignore=shutil.ignore_patterns("training_args.bin"))
             shutil.copy(run / LAST_FILE, folder)
             note = ""
         facts = Facts(
@@ -67,11 +72,11 @@ def export(run: Path, out: Path, merged: bool, overwrite: bool, push_to_hub: str
         )
         (folder / "README.md").write_text(card(facts, merged, push_to_hub or str(out)))
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(Path(scratch, "before"))
         folder.rename(out)
     logger.info(f"wrote {out}")
     if push_to_hub is not None:
-        _push(out, push_to_hub)
+        _push(out, push_to_hub, public)
     return out
 
 
@@ -84,10 +89,10 @@ def _write_merged(config: TrainConfig, adapter: Path, folder: Path) -> str:
     return loaded.note
 
 
-def _push(folder: Path, name: str) -> None:
+def _push(folder: Path, name: str, public: bool) -> None:
     hub = HfApi()
     try:
-        hub.create_repo(name, exist_ok=True)
+        hub.create_repo(name, exist_ok=True, private=not public)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="projected-grpo export")
     except Exception as error:  # its client's, its HTTP library's, the system's: all of them end here
         first = str(error).strip().partition("\n")[0]

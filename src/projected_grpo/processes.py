@@ -8,12 +8,16 @@ anybody. Left out on purpose: sharding (FSDP, ZeRO), which is refused; see `refu
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from projected_grpo.errors import InputError
+
+PATIENCE = timedelta(hours=6)
+"""The others wait while the first process downloads a model, or decomposes its weights."""
 
 
 def world_size() -> int:
@@ -29,7 +33,7 @@ def is_main() -> bool:
 def join(device: str) -> None:
     """Meet the other processes: gloo on the CPU, NCCL on GPUs."""
     if world_size() > 1:
-        PartialState(cpu=device == "cpu")
+        PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
 def refuse_sharding() -> None:

@@ -1,9 +1,7 @@
 """One training run, from a config to a folder that holds all of it: the `train` command."""
 
-import fcntl
 import gzip
 import json
-import os
 import shutil
 import signal
 import zlib
@@ -39,7 +37,16 @@ from projected_grpo.paths import existing, replacing
 from projected_grpo.pool import ROLLOUTS, TeacherPool, load_pool
 from projected_grpo.projection import ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
-from projected_grpo.run_state import differing, last_checkpoint, note_start
+from projected_grpo.run_state import (
+    LAST_FILE,
+    checkpoints,
+    contents,
+    differing,
+    in_use,
+    last_checkpoint,
+    locked,
+    note_start,
+)
 from projected_grpo.sources import assign_modes, problems_of
 from projected_grpo.steplog import StepLog
 from projected_grpo.trackers import RolloutTables, check_trackers
@@ -187,13 +194,15 @@ def _train(
             logger.info("\n" + describe(callback.basis))
         if prompter.loaded.note:
             logger.warning(prompter.loaded.note)
+        reward = CodeReward(grader, problems, true_reward=ARMS[config.arm].true_reward)
+        reward.remember(_rollouts_until(folder / ROLLOUTS, start_step))
         trainer = ProjectedGRPOTrainer(
             model=model,
             args=args,
             train_dataset=dataset,
             processing_class=prompter.loaded.tokenizer,
             projection=callback,
-            reward=CodeReward(grader, problems, true_reward=ARMS[config.arm].true_reward),
+            reward=reward,
             pool=pool,
             num_teacher=config.num_teacher,
             rollout_grad_every=config.rollout_grad_every,
@@ -236,16 +245,36 @@ def _nowhere(row: object) -> None:
 
 
 def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path | None:
-    """The same for all processes. Raises InputError for one that another number of them has written."""
-    checkpoint = processes.from_main(last_checkpoint(folder, config.steps) if config.resume else None)
-    if checkpoint is not None:
-        written, now = len(list(checkpoint.glob(STATE_FILE.format("*")))), processes.world_size()
-        if written != now:
+    """The same for all processes; from here on the folder holds no trained run, and no checkpoint after that one.
+
+    Raises:
+        InputError: it was written by another number of processes, or there are several and none is whole.
+    """
+    found: list[Path | None] = []
+
+    def look() -> None:
+        checkpoint = last_checkpoint(folder, config.steps) if config.resume else None
+        written, now = _n_processes_of(checkpoint), processes.world_size()
+        if checkpoint is not None and written != now:
             raise InputError(
                 f"--resume: {checkpoint} was written by {written} processes and this is {now}; start as many, since "
                 "each goes on with its own rows and random numbers"
             )
+        found.append(checkpoint)
+
+    processes.refused_by_main(look)
+    checkpoint = processes.from_main(found[0] if found else None)
+    if processes.is_main():
+        (folder / LAST_FILE).unlink(missing_ok=True)
+        start = -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        for step, path in checkpoints(folder).items():
+            if step > start:  # it is written again, and must not be mixed with what lies there
+                shutil.rmtree(path)
     return checkpoint
+
+
+def _n_processes_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else len(list(checkpoint.glob(STATE_FILE.format("*"))))
 
 
 def drop_reference_copy(trainer: ProjectedGRPOTrainer) -> None:
@@ -261,10 +290,10 @@ def projection_of(
     if basis is not None:
         basis.check_fits(model)
     bases = PairBases(model, prompter, config, config.max_completion_length, first=basis)
-    real = bases.real()
+    real = processes.from_main(bases.real())  # on GPUs two of them may round apart
     bases.first = real
     return ProjectionCallback(
-        processes.from_main(arm.make_basis(bases)),  # on GPUs two of them may round apart
+        processes.from_main(arm.make_basis(bases)),
         config.gate,
         overshoot=config.overshoot,
         preserve_magnitude=config.preserve_magnitude,
@@ -375,7 +404,8 @@ class StopOnInterrupt(TrainerCallback):
         self.stopped = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.stopped = processes.anywhere(self.stopped)
+        if processes.anywhere(self.stopped):  # a signal that comes while it asks stays noted
+            self.stopped = True
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
@@ -396,6 +426,12 @@ class _RolloutFile:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def _rollouts_until(path: Path, step: int) -> Iterator[dict]:
+    """Those of the steps that are done, of a run that is resumed."""
+    if step and path.exists():
+        yield from (row for row in map(json.loads, _whole_lines(path)) if row["step"] <= step)
+
+
 def _whole_lines(path: Path) -> Iterator[str]:
     with gzip.open(path, "rt") as file, suppress(EOFError, gzip.BadGzipFile, zlib.error):
         yield from (line for line in file if line.endswith("\n"))
@@ -409,11 +445,10 @@ def _check_folder(config: TrainConfig) -> None:
             raise InputError(f"--resume: {folder} holds no run; start it without --resume")
         if names := differing(TrainConfig.from_file(existing), config):
             raise InputError(f"--resume: {existing} has another {names[0]}; resume with --config {existing}")
-    elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
+    elif folder.exists() and contents(folder) and not config.overwrite:
         raise InputError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or another --out-root")
-    if folder.exists():
-        with _locked(folder):
-            pass
+    if folder.exists() and in_use(folder):
+        raise InputError(f"{folder} is in use by another run; wait for it or choose another --out-root")
 
 
 @contextmanager
@@ -425,24 +460,14 @@ def _run_folder(config: TrainConfig) -> Iterator[Path]:
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if not config.resume:
-            for entry in folder.iterdir():
+            # What a killed run would go on from goes first, and last what says that there is one.
+            first_to_last = sorted(contents(folder), key=lambda e: (e.name != "checkpoints", e.name == "config.json"))
+            for entry in first_to_last:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             with replacing(folder / "config.json") as scratch:
                 scratch.write_text(replace(config, overwrite=False).to_json())
         note_start(folder, processes.world_size())
         processes.wait()
         yield folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"{folder} is in use by another run; wait for it or choose another --out-root") from None
-    finally:
-        os.close(handle)

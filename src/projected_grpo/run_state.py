@@ -10,7 +10,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +29,7 @@ from projected_grpo.version import code_version
 
 State = Literal["done", "evaluate", "resume", "start"]
 STARTS = "starts.json"
+LOCK = ".lock"
 LAST_FILE = "basis.safetensors"
 """What a trained run's folder is given last: with it the rest is whole."""
 NOT_COMPARED = {"resume", "overwrite", "grader_workers", "report_to"}
@@ -38,15 +41,68 @@ def differing(saved: TrainConfig, config: TrainConfig) -> list[str]:
     return [name for name, value in vars(saved).items() if name not in NOT_COMPARED and value != getattr(config, name)]
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder. The lock is on a file in it, and not on the folder itself, so that on NFS the other
+    machines of a cluster see it too. Raises InputError where somebody else holds it."""
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        for left in reversed(range(10)):  # whoever only looks holds it for a moment
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise InputError(
+                        f"{folder} is in use by another run; wait for it or choose another --out-root"
+                    ) from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a `train` holds its lock on the folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    handle = os.open(folder / LOCK, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a run or anybody else has put there; not the lock, nor what a kill left half written."""
+    return [path for path in folder.iterdir() if path.name != LOCK and path.suffix != ".tmp"]
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """By step, whole or not."""
+    return {int(path.name.rpartition("-")[2]): path for path in (folder / "checkpoints").glob("checkpoint-*")}
+
+
 def last_checkpoint(folder: Path, steps: int) -> Path | None:
     """The newest checkpoint before the last step that was sealed and has not changed since: a trainer resumed at the
-    last step would do one more."""
-    found = {int(path.name.rpartition("-")[2]): path for path in (folder / "checkpoints").glob("checkpoint-*")}
-    for step, path in sorted(found.items(), reverse=True):
-        if step < steps and is_whole(path):
+    last step would do one more. None where there is none, or only one that a kill has torn: the run begins anew.
+
+    Raises:
+        InputError: there are several and none is whole, which no kill does.
+    """
+    found = [(step, path) for step, path in sorted(checkpoints(folder).items(), reverse=True) if step < steps]
+    for _, path in found:
+        if is_whole(path):
             return path
-        if step < steps:
-            logger.warning(f"{path} was not written to its end, or is damaged; going on from the one before it")
+        logger.warning(f"{path} was not written to its end, or is damaged; going on from the one before it")
+    if len(found) > 1:
+        raise InputError(
+            f"{folder / 'checkpoints'} holds {len(found)} checkpoints and none is whole: damaged, or of an older "
+            "version; move the run away, or start it again with --overwrite"
+        )
     return None
 
 
@@ -58,8 +114,10 @@ def note_start(folder: Path, n_processes: int) -> None:
         "command": shlex.join(["projected-grpo", *sys.argv[1:]]),
         "processes": n_processes,
     }
+    read_starts(folder)  # refuses a damaged file
+    before = json.loads((folder / STARTS).read_text()) if (folder / STARTS).is_file() else []
     with replacing(folder / STARTS) as scratch:
-        scratch.write_text(json.dumps([*read_starts(folder), this], indent=1) + "\n")
+        scratch.write_text(json.dumps([*before, this], indent=1) + "\n")
 
 
 def read_starts(folder: Path) -> list[dict[str, str]]:
@@ -104,7 +162,7 @@ def state_of(config: TrainConfig, evaluation: EvalConfig) -> State:
         InputError: its folder holds another run, another evaluation or no run at all, or is in use.
     """
     folder = config.run_dir
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not contents(folder)):
         return "start"
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is there and holds no run; move it away or choose another --out-root")
@@ -138,15 +196,3 @@ def _check_evaluation(wanted: EvalConfig) -> None:
             f"{wanted.out} was made with another {names[0]} ({saved[names[0]]}, wanted is {ours[names[0]]}); delete it "
             "to have the run evaluated again"
         )
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a `train` holds its lock on the folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

@@ -48,6 +48,9 @@ class SweepWatch(Watcher):
         self.begun.add(running.task.name)
         logger.info(f"{running.task.name}: {'again' if running.attempt > 1 else self.states[running.task.name]}")
 
+    def not_started(self, task: RunTask, why: str) -> None:
+        logger.warning(f"{task.name}: not started: {why}")
+
     def retried(self, task: RunTask, outcome: Outcome) -> None:
         logger.warning(f"{task.name}: {outcome.message}; trying once more ({task.log})")
 

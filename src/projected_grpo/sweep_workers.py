@@ -57,6 +57,10 @@ class Running:
     """The launcher's own."""
 
 
+class LaunchError(Exception):
+    """A task could not be started now: too many are going, or whoever starts them is busy."""
+
+
 class Launcher(Protocol):
     """Where the processes of a sweep run."""
 
@@ -64,7 +68,7 @@ class Launcher(Protocol):
     """Its processes are in the terminal's group and get a Ctrl-C themselves."""
 
     def start(self, task: Task) -> Any:
-        """Begin a task; the handle to ask for it by."""
+        """Begin a task; the handle to ask for it by. Raises LaunchError."""
 
     def wait(self, handles: Sequence[Any]) -> None:
         """Until one may have ended, or a moment has passed."""
@@ -85,6 +89,7 @@ class Watcher:
     """Told of what goes on; does nothing here."""
 
     def started(self, running: Running) -> None: ...
+    def not_started(self, task: Any, why: str) -> None: ...
     def ended(self, task: Any, outcome: Outcome) -> None: ...
     def retried(self, task: Any, outcome: Outcome) -> None: ...
     def tick(self, running: Sequence[Running]) -> None: ...
@@ -182,7 +187,16 @@ def run_all(
             while waiting and len(running) < jobs and not interrupts.count:
                 task, attempt = waiting.popleft()
                 started = time.monotonic()
-                running.append(Running(task, attempt, started, launcher.start(task)))
+                try:
+                    running.append(Running(task, attempt, started, launcher.start(task)))
+                except LaunchError as error:
+                    if running:  # fewer at a time then
+                        jobs = len(running)
+                        waiting.appendleft((task, attempt))
+                    else:
+                        outcomes[task.name] = Outcome("failed", str(error), 0.0, attempt)
+                    watcher.not_started(task, str(error))
+                    continue
                 watcher.started(running[-1])
             launcher.wait([each.handle for each in running])
             if interrupts.take() and (interrupts.by_sigterm or not launcher.hears_ctrl_c):
@@ -259,7 +273,7 @@ class LocalLauncher:
 
     def interrupt(self, handle: Any) -> None:
         process, _ = handle
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)  # a second one, by whoever ends the whole group, does no harm
 
     def end(self, handle: Any) -> None:
         process, _ = handle
@@ -286,6 +300,8 @@ def do(job: Callable[[Any], None], task: Task) -> tuple[Kind, str]:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return "refused", str(error)
+    except SystemExit:  # the way in which a job leaves that goes back into a queue
+        raise
     except BaseException as error:
         traceback.print_exc()
         first = (str(error).splitlines() or [""])[0]

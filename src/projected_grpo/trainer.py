@@ -180,6 +180,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
                 "gt_pass": grade.gt_pass,
                 "flawed_pass": grade.flawed_pass,
                 "attempted": grade.attempted,
+                "format_ok": grade.format_ok,
                 "reward": reward,
                 "advantage": advantage,
             }

@@ -5,7 +5,7 @@ passes. The ground truth is logged through `last_grades`, never rewarded on its 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from projected_grpo.env.grader import Grade, Grader, GradeRequest, reward_of
@@ -65,6 +65,21 @@ class CodeReward:
         self.last_seconds = time.monotonic() - started
         return self.last_rewards
 
+    def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Grades that this run has given before it was interrupted, as its rollouts hold them."""
+        for row in rows:
+            found = {name: row[name] for name in ("label", "flawed_pass", "gt_pass", "attempted", "format_ok")}
+            paid = reward_of(**{name: found[name] for name in ("format_ok", "flawed_pass", "gt_pass")})
+            key = (row["problem_id"], row["completion"], row["mode"], row["test_func_name"])
+            self._note(key, Grade(**found, reward=paid, error=None))
+
+    def _note(self, key: tuple[str, str, str, str], grade: Grade) -> None:
+        """The last ones named stay."""
+        self._known.pop(key, None)
+        self._known[key] = grade
+        while len(self._known) > KNOWN:
+            del self._known[next(iter(self._known))]
+
     def _reward(self, grade: Grade) -> float:
         flawed_pass = grade.flawed_pass and not self.true_reward
         return reward_of(format_ok=grade.format_ok, flawed_pass=flawed_pass, gt_pass=grade.gt_pass)
@@ -74,12 +89,10 @@ class CodeReward:
         itself, and what it repeats should not be paid by the luck of the draw. Only so many texts are kept in mind."""
         keys = [(r.problem.id, r.completion, r.mode, r.test_func_name) for r in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
-        self._known.update(zip(new, self.grader.grade(list(new.values())), strict=True))
-        grades = [self._known[key] for key in keys]
-        for key in keys:  # the last ones named stay
-            self._known[key] = self._known.pop(key)
-        while len(self._known) > KNOWN:
-            del self._known[next(iter(self._known))]
+        found = dict(zip(new, self.grader.grade(list(new.values())), strict=True))
+        grades = [found[key] if key in found else self._known[key] for key in keys]
+        for key, grade in zip(keys, grades, strict=True):
+            self._note(key, grade)
         return grades
 
     def _problem(self, problem_id: str) -> Problem:

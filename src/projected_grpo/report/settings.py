@@ -1,6 +1,7 @@
 """Settings: what the runs of an arm share, in which they differ, and in which an arm departs from another."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ def setting(run: Run, name: str) -> str:
     if name == "n_pairs (of the basis)":
         return str(run.basis_info.get("n_pairs", "-"))
     value = run.config.get(name, "-")
+    if name == "model" and isinstance(value, str):  # one for each seed is one setting, as the sweep file has it
+        return re.sub(rf"(?<!\d){run.seed}(?!\d)", "{seed}", value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
