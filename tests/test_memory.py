@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from projected_grpo.adapter import DeltaSConfig
 from projected_grpo.cli import main
+from projected_grpo.dry_run import H200_UPDATE, time_of
 from projected_grpo.memory import Mask, _SavedTensors, forecast, saved_bytes
 from projected_grpo.presets import PRESETS, preset_defaults
 from projected_grpo.random_models import qwen3_4b_parts
@@ -246,3 +247,23 @@ def test_the_peak_of_a_real_run_is_within_15_percent(hidden, vocabulary, setting
     libraries = float(said.partition("libraries")[2].split()[0]) * 1e9
     assert float(told) * 1e9 == pytest.approx(peak, rel=0.15)
     assert float(told) * 1e9 - libraries == pytest.approx(peak - libraries, rel=0.25)  # they alone would agree
+
+
+def test_the_time_of_a_step_follows_from_what_it_does():
+    config = preset_defaults("full")
+    found = forecast(replace(config, model="qwen3-4b-random", device="cuda", problems="micro-train"))
+    if torch.cuda.is_available():
+        pytest.skip("the rate is this GPU's own")
+    base = time_of(config, found.sizes, "cuda")
+    assert base.rate == H200_UPDATE
+    for changed, generation, update in (
+        ({"prompts_per_step": 86}, False, 2.0),
+        ({"beta": 0.0}, False, 8 / 10),  # of forward, again, dL/dx (4 + 2), reference (2) and δ's gradient (2)
+        ({"gradient_checkpointing": False}, False, 8 / 10),
+        ({"num_iterations": 2}, True, 12 / 10),
+    ):
+        other = time_of(replace(config, **changed), found.sizes, "cuda")
+        assert other.update / base.update == pytest.approx(update, rel=0.01), changed
+        assert (other.generation == pytest.approx(base.generation / 2)) == generation, changed
+    short = time_of(replace(config, max_completion_length=512), found.sizes, "cuda")
+    assert short.generation < 0.6 * base.generation

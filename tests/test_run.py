@@ -21,10 +21,12 @@ from projected_grpo.basis import HackBasis
 from projected_grpo.cli import main
 from projected_grpo.cli_options import copy_fields
 from projected_grpo.config import ArmName, BasisOptions, ExtractConfig, TrainConfig
+from projected_grpo.dry_run import disk_of
 from projected_grpo.env.grader import Grader, GraderFault
 from projected_grpo.errors import InputError, RunFault, RunInterrupted
 from projected_grpo.evaluate import evaluate
 from projected_grpo.extract import extract
+from projected_grpo.memory import forecast
 from projected_grpo.models import load_model
 from projected_grpo.presets import of_arm
 from projected_grpo.run import train
@@ -97,6 +99,20 @@ def test_the_folder_holds_what_the_design_promises(finished):
     assert TrainConfig.from_file(config.run_dir / "config.json") == config
     assert "projected-grpo eval --run" in verdict
     HackBasis.load(config.run_dir / "basis.safetensors")
+
+
+def test_the_folder_takes_the_disk_that_a_dry_run_foretells(finished):
+    config, _ = finished
+
+    def size(name):
+        path = config.run_dir / name
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        return sum(file.stat().st_size for file in files)
+
+    told = disk_of(config, forecast(config).sizes).run
+    assert size("checkpoints") == pytest.approx(told["4 checkpoints"], rel=0.25)
+    assert size("adapter") + size("basis.safetensors") == pytest.approx(told["adapter, basis"], rel=0.25)
+    assert size("rollouts.jsonl.gz") < told["rollouts"]
 
 
 def test_every_step_has_its_row_and_the_sources_are_told_apart(finished):

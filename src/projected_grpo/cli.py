@@ -32,7 +32,8 @@ def extract(args: list[str]) -> None:
 @dataclass(frozen=True)
 class TrainOptions(TrainConfig):
     dry_run: bool = False
-    """Say how much memory the run will take, and train nothing; the GPU, and the model's weights, need not be there."""
+    """Say how much memory, time and disk the run will take, and train nothing; neither the GPU nor the model's weights
+    need be there."""
 
 
 def train(args: list[str]) -> None:
@@ -50,9 +51,9 @@ def train(args: list[str]) -> None:
     config = copy_fields(TrainConfig, TrainConfig, options)
     console()
     if options.dry_run:
-        from projected_grpo.memory import forecast
+        from projected_grpo.dry_run import dry_run
 
-        print(forecast(config).table())
+        print(dry_run(config))
         return
     from projected_grpo.run import train
 

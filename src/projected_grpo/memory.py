@@ -10,10 +10,12 @@ the libraries are counted in as this process holds them now (docs/performance.md
 """
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -41,10 +43,32 @@ _FLOAT = 4
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Of a model and its run: numbers, but where bytes are said."""
+
+    parameters: int
+    adapted: int
+    """Of the layers that δ steers, which is all but the embedding and the LM head."""
+    delta: int
+    layers: int
+    head: int
+    weights: int
+    """Bytes."""
+    factors: int
+    """Bytes."""
+    prompt: int
+    """Tokens of the longest."""
+    pairs: int
+    tokenizer: int
+    """Bytes of its files, which are in every checkpoint."""
+
+
+@dataclass(frozen=True)
 class Forecast:
     """Bytes of each component in each phase of a run, all of them held at once at the phase's worst moment."""
 
     about: dict[str, str]
+    sizes: Sizes
     phases: dict[str, dict[str, int]]
     host: dict[str, int]
     """What lies in host memory while a GPU trains; empty for a CPU."""
@@ -147,7 +171,26 @@ def forecast(config: TrainConfig) -> Forecast:
         "longest prompt": str(prompt),
         "completion": str(config.max_completion_length),
     }
-    return Forecast(about, phases, host, shape.factors + shape.weights if shape.on_gpu else 0)
+    text = loaded.model.config.get_text_config()
+    sizes = Sizes(
+        shape.n_parameters,
+        shape.n_adapted,
+        shape.n_delta,
+        text.num_hidden_layers,
+        shape.vocabulary * shape.hidden,
+        shape.weights,
+        shape.factors,
+        prompt,
+        len(pairs[0]),
+        _saved_size(loaded.tokenizer),
+    )
+    return Forecast(about, sizes, phases, host, shape.factors + shape.weights if shape.on_gpu else 0)
+
+
+def _saved_size(tokenizer: Any) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def _device(name: str | None) -> torch.device:
