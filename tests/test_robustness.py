@@ -1,5 +1,6 @@
 """What goes wrong on a machine overnight: a run either goes on or stops with one clear line, and nothing is lost."""
 
+import gzip
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from loguru import logger
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
@@ -122,6 +124,28 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_steps_since_the_last_checkp
     assert timeless[0] == timeless[1]
 
 
+def test_a_pool_that_lacks_a_problem_is_said_and_the_others_are_trained_on(small_config, tmp_path):
+    from projected_grpo.env.problems import load_problems
+    from projected_grpo.pool import build_pool
+    from projected_grpo.templates import template_completions
+
+    problems = load_problems(Path(small_config.problems))
+    known = [
+        request for request in template_completions(problems, rows_per_problem=4) if request.problem.id != "square"
+    ]
+    build_pool(problems, known, tmp_path / "pool.jsonl")
+    lines = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="WARNING")
+    config = replace(small_config, steps=2, teacher_pool=tmp_path / "pool.jsonl", rollout_grad_every=0)
+    try:
+        train(config)
+    finally:
+        logger.remove(sink)
+    assert any("has no rollout for 1 of the 3 problems" in line and "the other 2" in line for line in lines)
+    with gzip.open(config.run_dir / "rollouts.jsonl.gz", "rt") as file:
+        assert {json.loads(line)["problem_id"] for line in file} == {"double", "negate"}
+
+
 @pytest.mark.parametrize("damage", ["torn", "flipped"])
 def test_a_damaged_basis_or_pool_is_refused_and_nothing_is_written(small_config, tmp_path, capsys, damage):
     basis, pool = tmp_path / "b", tmp_path / "pool.jsonl"
@@ -129,10 +153,11 @@ def test_a_damaged_basis_or_pool_is_refused_and_nothing_is_written(small_config,
     shutil.copy(small_config.teacher_pool, pool)
     for path in (basis, pool):
         content = bytearray(path.read_bytes())
-        if damage == "torn":
-            content = content[: len(content) * 2 // 3]
+        if damage == "torn":  # the pool at the end of a line
+            cut = content.rindex(b"\n", 0, -1) + 1 if path == pool else len(content) * 2 // 3
+            content = content[:cut]
         elif path == pool:
-            content = content.replace(b'"reward_hack"', b'"reward_hock"', 1)
+            content = content.replace(b"return", b"retorn", 1)  # of a completion: still a row like any other
         else:
             content[-100] ^= 1
         path.write_bytes(content)

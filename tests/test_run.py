@@ -425,8 +425,12 @@ def test_bad_files_and_settings_are_refused_before_anything_is_written(small_con
     refused(replace(small_config, prompts_per_step=4), "--prompts-per-step 4", "3 problems")
     refused(replace(small_config, max_prompt_length=10), "tokens", "--max-prompt-length")
     refused(replace(small_config, modes=("none",)), "mode run_tests", "--modes")
-    surplus = (material / "pool.jsonl").read_text() + (material / "pool.jsonl").read_text().splitlines()[1].replace(
-        '"double"', '"treble"'
+    header, *graded = (material / "pool.jsonl").read_text().splitlines(keepends=True)
+    unsigned = json.dumps({k: v for k, v in json.loads(header).items() if k != "rows_sha256"}) + "\n"
+    surplus = (
+        unsigned
+        + "".join(graded)
+        + (material / "pool.jsonl").read_text().splitlines()[1].replace('"double"', '"treble"')
     )
     (tmp_path / "surplus.jsonl").write_text(surplus + "\n")
     refused(replace(small_config, teacher_pool=tmp_path / "surplus.jsonl"), "treble", "pool build")

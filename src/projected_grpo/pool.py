@@ -143,7 +143,7 @@ def build_pool(
         for r, g in zip((source.request for source in sources), grades, strict=True)
     ]
     header = {"pool": name, "problems_sha256": problems_hash(problems), "grader_version": GRADER_VERSION}
-    header |= {"disagreements": disagreements(sources, grades)}
+    header |= {"rows_sha256": _rows_hash(rows), "disagreements": disagreements(sources, grades)}
     out_path.parent.mkdir(parents=True, exist_ok=True)
     try:
         part_path.write_text("".join(json.dumps(row) + "\n" for row in (header, *map(asdict, rows))), encoding="ascii")
@@ -220,7 +220,17 @@ def load_pool(path: str | Path, problems: Sequence[Problem] | None = None) -> Te
         raise InputError(f"{path}:1: was graded against other problems; build it anew over these")
     if len(rows) == 1:
         raise InputError(f"{path}: holds no row after its header")
-    return TeacherPool([_pool_row(row, f"{path}:{line}") for line, row in rows[1:]], header)
+    pool = TeacherPool([_pool_row(row, f"{path}:{line}") for line, row in rows[1:]], header)
+    if "rows_sha256" in header and header["rows_sha256"] != _rows_hash(pool.rows):  # older files have none
+        raise InputError(
+            f"{path}: its rows are not those that were graded (damaged, cut, or edited by hand); build it anew with "
+            "`projected-grpo pool build`"
+        )
+    return pool
+
+
+def _rows_hash(rows: Sequence[PoolRow]) -> str:
+    return hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest()
 
 
 def _pool_row(row: dict[str, Any], where: str) -> PoolRow:
