@@ -41,21 +41,22 @@ class Displacement:
 
 def displacements(study: Study) -> dict[str, Displacement]:
     """By run folder; a run without an adapter over the very factors of the basis is not in it."""
-    stick = _measuring_stick(study)
-    if stick is None:
-        return {}
+    sticks: dict[str, tuple[Weights, Weights] | None] = {}  # a sweep may have a base model for each seed
     found = {}
     for arm in study.arms.values():
         for run in runs_of(arm):
-            if (one := _displacement(run, *stick)) is not None:
+            if run.base_model not in sticks:
+                sticks[run.base_model] = _measuring_stick(study, run.base_model)
+            stick = sticks[run.base_model]
+            if stick is not None and (one := _displacement(run, *stick)) is not None:
                 found[str(run.folder)] = one
     return found
 
 
-def _measuring_stick(study: Study) -> tuple[Weights, Weights] | None:
-    """(directions, fingerprints) by module."""
+def _measuring_stick(study: Study, base_model: str) -> tuple[Weights, Weights] | None:
+    """(directions, fingerprints) by module, of the real basis of a base model."""
     arms = sorted(study.arms.values(), key=lambda arm: arm is not study.vanilla)
-    for run in (run for arm in arms for run in runs_of(arm)):
+    for run in (run for arm in arms for run in runs_of(arm) if run.base_model == base_model):
         if run.basis_info.get("kind") == "real" and not run.basis_info.get("delta_norm"):
             try:
                 tensors = _tensors(run.folder / "basis.safetensors", "directions/", "fingerprints/")
