@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+NEXT_TO_NONE = 65536
+
+
 class InputError(Exception):
     """Something the user gave is wrong. The message is one line: the thing, what is wrong with it, and the fix."""
 
@@ -35,7 +38,7 @@ def naming_a_full_disk(folder: Path, remedy: str) -> Iterator[None]:
     """A disk that is full comes out of each library in its own words, or in none; here it becomes one line.
 
     Raises:
-        RunFault: something inside failed, and it says that no space is left, or there is less than 1 MB on the disk.
+        RunFault: something inside failed, and it says that no space is left, or there is next to none on the disk.
     """
     try:
         yield
@@ -43,7 +46,7 @@ def naming_a_full_disk(folder: Path, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         says_so = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not says_so and "No space left" not in str(error) and shutil.disk_usage(folder).free > 1e6:
+        if not says_so and "No space left" not in str(error) and shutil.disk_usage(folder).free > NEXT_TO_NONE:
             raise
         raise RunFault(f"the disk that {folder} lies on is full; {remedy}") from error
 
