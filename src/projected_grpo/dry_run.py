@@ -27,6 +27,8 @@ OF_A_PRODUCT = {"cuda": 0.35, "cpu": 0.5}
 sheet, and from `smol` on a CPU."""
 TEXT_BYTES = 1.2
 """Of a rollout's token in the compressed file."""
+OF_CHECKPOINT, OF_ADAPTER, OF_MODULE = 40_000, 12_000, 1000
+"""Bytes beside the numbers: settings, generators' states and the card; names and fingerprints of each module."""
 ROW_BYTES = 2500
 """Of a row of metrics.jsonl, and its line in train.log."""
 
@@ -111,8 +113,9 @@ def disk_of(config: TrainConfig, sizes: Sizes) -> Disk:
     n_checkpoints = -(-config.steps // config.save_every)
     rows = config.steps * config.prompts_per_step * config.group_size
     run = {
-        f"{n_checkpoints} checkpoints": n_checkpoints * (3 * delta + basis + sizes.tokenizer),
-        "adapter, basis": delta + basis + sizes.tokenizer,
+        f"{n_checkpoints} checkpoints": n_checkpoints
+        * (3 * delta + basis + sizes.tokenizer + OF_CHECKPOINT + 2 * OF_MODULE * sizes.modules),
+        "adapter, basis": delta + basis + sizes.tokenizer + OF_ADAPTER + OF_MODULE * sizes.modules,
         "rollouts": int(rows * config.max_completion_length * TEXT_BYTES / config.num_iterations),
         "metrics, log": config.steps * ROW_BYTES,
     }

@@ -50,6 +50,7 @@ class Sizes:
     adapted: int
     """Of the layers that δ steers, which is all but the embedding and the LM head."""
     delta: int
+    modules: int
     layers: int
     head: int
     weights: int
@@ -176,6 +177,7 @@ def forecast(config: TrainConfig) -> Forecast:
         shape.n_parameters,
         shape.n_adapted,
         shape.n_delta,
+        len(shape.linears),
         text.num_hidden_layers,
         shape.vocabulary * shape.hidden,
         shape.weights,
