@@ -86,6 +86,7 @@ def stand_in(model, gate="one_sided", k=3):
         module_names={m: n for n, m in delta_s_modules(model).items()},
         projection=ProjectionCallback(basis, gate),
         _get_per_token_logps_and_entropies=logps,
+        accelerator=SimpleNamespace(gather=lambda x: x),  # of one process
     )
 
 

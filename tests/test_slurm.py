@@ -106,6 +106,7 @@ def test_every_run_is_a_job_with_the_sweeps_log_and_a_second_sweep_submits_none(
     assert len(list(jobs.iterdir())) == before
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_is_submitted_again_and_the_others_do_not_notice(tmp_path, jobs, capfd):
     plan = plan_of(tmp_path)
     go(plan, killed_once, jobs=2)
@@ -114,6 +115,7 @@ def test_a_job_that_is_killed_is_submitted_again_and_the_others_do_not_notice(tm
     assert [state_of(*run) for run in plan.runs] == ["done"] * 4
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_twice_or_a_preparation_that_refuses_is_reported(tmp_path, jobs):
     plan = plan_of(tmp_path)
     with pytest.raises(RunFault, match=r"1 of 4 runs failed: vanilla s41; .*ValueError: the sky.*vanilla_s41\.log"):
@@ -146,6 +148,7 @@ def until_sigterm(task):
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_ctrl_c_asks_every_job_to_stop(tmp_path, jobs, capfd):
     plan = plan_of(tmp_path)
     (tmp_path / "out").mkdir()
