@@ -114,7 +114,7 @@ teacher *flags:
     projected-grpo sweep sweeps/teacher.toml {{flags}}
     projected-grpo report out/teacher/micro --out out/teacher/report --overwrite
 
-# k, the number of pairs and the noise floor, one at a time, five seeds, and its report
+# k, the number of pairs and the noise floor, one at a time, eight bases, and its report
 knobs *flags:
     projected-grpo sweep sweeps/knobs.toml {{flags}}
     projected-grpo report out/knobs/micro --out out/knobs/report --against projected --overwrite
@@ -129,12 +129,12 @@ bases *flags:
     projected-grpo sweep sweeps/bases.toml {{flags}}
     projected-grpo report out/bases/micro --out out/bases/report --against projected --overwrite
 
-# half teacher rows: all of the gradient projected, the student's part alone, or the update; five seeds, and its report
+# half teacher rows: all of the gradient projected, the student's part alone, or the update; eight bases, and its report
 teacher-rows *flags:
     projected-grpo sweep sweeps/teacher_rows.toml {{flags}}
     projected-grpo report out/teacher-rows/micro --out out/teacher-rows/report --against projected --overwrite
 
-# Adam's first decay, vanilla and both targets, three seeds, and its report
+# Adam's first decay, vanilla and both targets, eight bases, and its report
 adam *flags:
     projected-grpo sweep sweeps/adam.toml {{flags}}
     projected-grpo report out/adam/micro --out out/adam/report --overwrite
