@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 bad arguments or bad input files (one line that says which
 1 anything else.
 """
 
-import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import tyro
 from projected_grpo import cli_bench, cli_env, cli_micro, cli_report, cli_sweep
 from projected_grpo.cli_options import PROG, console, copy_fields, parse, take, with_preset
 from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig, at_least
-from projected_grpo.errors import InputError, RunFault, RunInterrupted
+from projected_grpo.errors import InputError, RunFault, RunInterrupted, is_disk_full
 from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import evaluation_of, held_out_of
 
@@ -196,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped: {fault}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         where = f" for {error.filename}" if error.filename else ""
         print(

@@ -32,6 +32,11 @@ def saving_faults(path: Path) -> Iterator[None]:
         raise RunFault(f"{fault}; what caused it is in {path}") from fault
 
 
+def is_disk_full(error: Exception) -> bool:
+    """As the system says it; a library may say it otherwise."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def naming_a_full_disk(folder: Path, remedy: str) -> Iterator[None]:
     """A disk that is full comes out of each library in its own words, or in none; here it becomes one line.
@@ -44,8 +49,8 @@ def naming_a_full_disk(folder: Path, remedy: str) -> Iterator[None]:
     except (RunFault, InputError):
         raise
     except Exception as error:
-        says_so = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not says_so and "No space left" not in str(error) and shutil.disk_usage(folder).free > NEXT_TO_NONE:
+        says_so = is_disk_full(error) or "No space left" in str(error)
+        if not says_so and shutil.disk_usage(folder).free > NEXT_TO_NONE:
             raise
         raise RunFault(f"the disk that {folder} lies on is full; {remedy}") from error
 

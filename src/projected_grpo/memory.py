@@ -174,17 +174,17 @@ def forecast(config: TrainConfig) -> Forecast:
     }
     text = loaded.model.config.get_text_config()
     sizes = Sizes(
-        shape.n_parameters,
-        shape.n_adapted,
-        shape.n_delta,
-        len(shape.linears),
-        text.num_hidden_layers,
-        shape.vocabulary * shape.hidden,
-        shape.weights,
-        shape.factors,
-        prompt,
-        len(pairs[0]),
-        _saved_size(loaded.tokenizer),
+        parameters=shape.n_parameters,
+        adapted=shape.n_adapted,
+        delta=shape.n_delta,
+        modules=len(shape.linears),
+        layers=text.num_hidden_layers,
+        head=shape.vocabulary * shape.hidden,
+        weights=shape.weights,
+        factors=shape.factors,
+        prompt=prompt,
+        pairs=len(pairs[0]),
+        tokenizer=_saved_size(loaded.tokenizer),
     )
     return Forecast(about, sizes, phases, host, shape.factors + shape.weights if shape.on_gpu else 0)
 

@@ -42,10 +42,10 @@ from projected_grpo.run_state import (
     checkpoints,
     contents,
     differing,
-    in_use,
     last_checkpoint,
     locked,
     note_start,
+    refuse_in_use,
 )
 from projected_grpo.sources import assign_modes, problems_of
 from projected_grpo.steplog import StepLog
@@ -447,8 +447,7 @@ def _check_folder(config: TrainConfig) -> None:
             raise InputError(f"--resume: {existing} has another {names[0]}; resume with --config {existing}")
     elif folder.exists() and contents(folder) and not config.overwrite:
         raise InputError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or another --out-root")
-    if folder.exists() and in_use(folder):
-        raise InputError(f"{folder} is in use by another run; wait for it or choose another --out-root")
+    refuse_in_use(folder)
 
 
 @contextmanager

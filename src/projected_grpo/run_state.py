@@ -53,9 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not left:
-                    raise InputError(
-                        f"{folder} is in use by another run; wait for it or choose another --out-root"
-                    ) from None
+                    raise _held(folder) from None
                 time.sleep(0.1)
         yield
     finally:
@@ -74,6 +72,16 @@ def in_use(folder: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def refuse_in_use(folder: Path) -> None:
+    """Raises InputError where a `train` holds the folder."""
+    if in_use(folder):
+        raise _held(folder)
+
+
+def _held(folder: Path) -> InputError:
+    return InputError(f"{folder} is in use by another run; wait for it or choose another --out-root")
 
 
 def contents(folder: Path) -> list[Path]:
@@ -173,8 +181,7 @@ def state_of(config: TrainConfig, evaluation: EvalConfig) -> State:
             f"{folder} holds a run with another {names[0]} ({theirs}, wanted is {ours}); move it away or choose "
             "another --out-root"
         )
-    if in_use(folder):
-        raise InputError(f"{folder} is in use by another run; wait for it or choose another --out-root")
+    refuse_in_use(folder)
     if not is_trained(folder):
         return "start" if last_checkpoint(folder, config.steps) is None else "resume"
     if not evaluation.out.is_file():
