@@ -5,7 +5,6 @@ renamings and removals of files in the run's folder, between two of which someth
 what writes, which then leaves half a file behind.
 """
 
-import gzip
 import json
 import multiprocessing as mp
 import os
@@ -19,11 +18,11 @@ from pathlib import Path
 import peft.peft_model
 import pytest
 import torch
+from run_files import delta_of, rollouts_of, rows_of
 from safetensors.torch import load_file
 
 from projected_grpo import basis, run, steplog
 from projected_grpo.run import train
-from projected_grpo.steplog import read_metrics
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 REUSE = {"steps_per_generation": 2, "num_iterations": 2, "prompts_per_step": 1, "vhack_refresh_every": 2, "beta": 0.01}
@@ -90,14 +89,10 @@ def processes():
 
 def left_by(config):
     """All that a run leaves behind but for what measures the machine."""
-    rows = read_metrics(config.run_dir / "metrics.jsonl")
-    with gzip.open(config.run_dir / "rollouts.jsonl.gz", "rt") as file:
-        rollouts = [json.loads(line) for line in file]
-    metrics = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
     directions = load_file(
         config.run_dir / "basis.safetensors"
     )  # its header names the code, which may be edited meanwhile
-    return metrics, rollouts, directions, load_file(config.run_dir / "adapter" / "adapter_model.safetensors")
+    return rows_of(config), rollouts_of(config), directions, delta_of(config)
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """`accelerate launch --num_processes 2` of the train command, on the CPU: the same run as in one process."""
 
-import gzip
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_files import delta_of, rollouts_of, rows_of
 
 from projected_grpo.errors import InputError
 from projected_grpo.processes import refuse_sharding
@@ -37,15 +35,6 @@ def launched(config, folder, n_processes, *more, port=29541):
     return subprocess.run([sys.executable, *launcher, *train], env=environment, capture_output=True, text=True)
 
 
-def rows_of(config):
-    return read_metrics(config.run_dir / "metrics.jsonl")
-
-
-def rollouts_of(config):
-    with gzip.open(config.run_dir / "rollouts.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -65,7 +54,7 @@ def test_two_processes_do_what_one_does(small_config, tmp_path, layout):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("verdict:") == 1  # one process speaks
 
-    ours, theirs = rows_of(two), rows_of(one)
+    ours, theirs = (read_metrics(config.run_dir / "metrics.jsonl") for config in (two, one))
     assert [row["step"] for row in ours] == [1, 2, 3, 4]
     for row, other in zip(ours, theirs, strict=True):
         assert row.keys() == other.keys()
@@ -78,7 +67,7 @@ def test_two_processes_do_what_one_does(small_config, tmp_path, layout):
     size, half = one.group_size, one.group_size // 2
     sources = [row["source"] for row in rollouts_of(two)]
     assert sources == (["student"] * half + ["teacher"] * half) * (len(sources) // size)
-    mine, yours = (load_file(config.run_dir / "adapter" / "adapter_model.safetensors") for config in (two, one))
+    mine, yours = delta_of(two), delta_of(one)
     largest = max(tensor.abs().max() for tensor in yours.values())
     assert largest > 0
     for name, tensor in yours.items():
@@ -106,11 +95,7 @@ def test_two_processes_resume_each_where_it_was(small_config, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "dropped 2 rows of steps after 2" in again.stderr  # had it begun anew, it would end the same
     assert rollouts_of(config) == rollouts
-    timeless = [
-        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in some]
-        for some in (rows, rows_of(config))
-    ]
-    assert timeless[0] == timeless[1]
+    assert rows_of(config) == rows
 
 
 def test_sharding_launchers_are_refused_with_the_reason(monkeypatch):

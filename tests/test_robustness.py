@@ -1,6 +1,5 @@
 """What goes wrong on a machine overnight: a run either goes on or stops with one clear line, and nothing is lost."""
 
-import gzip
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from loguru import logger
-from safetensors.torch import load_file
+from run_files import delta_of, rollouts_of
 from trl import GRPOTrainer
 
 from projected_grpo.cli import main
@@ -56,8 +55,7 @@ def test_empty_completions_and_equal_rewards_for_many_steps_learn_nothing_and_br
         assert row["reward"] == row["loss"] == row["grad_norm"] == row["v_delta"] == 0
         assert row["cin"] is None
         assert row["cup_in"] is None
-    saved = load_file(config.run_dir / "adapter" / "adapter_model.safetensors")
-    assert not any(delta.any() for name, delta in saved.items() if name.endswith("delta_s"))
+    assert not any(delta.any() for name, delta in delta_of(config).items() if name.endswith("delta_s"))
 
 
 def test_a_prompt_that_leaves_the_model_no_room_is_refused_by_name(small_config):
@@ -146,8 +144,7 @@ def test_a_pool_that_lacks_a_problem_is_said_and_the_others_are_trained_on(small
     finally:
         logger.remove(sink)
     assert any("has no rollout for 1 of the 3 problems" in line and "the other 2" in line for line in lines)
-    with gzip.open(config.run_dir / "rollouts.jsonl.gz", "rt") as file:
-        assert {json.loads(line)["problem_id"] for line in file} == {"double", "negate"}
+    assert {row["problem_id"] for row in rollouts_of(config)} == {"double", "negate"}
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped"])

@@ -1,6 +1,5 @@
 """A whole run through `train`: what it leaves, that it repeats itself, that it resumes, and what it refuses."""
 
-import gzip
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from loguru import logger
-from safetensors.torch import load_file
+from run_files import delta_of, rollouts_of, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from projected_grpo.adapter import delta_s_parameters
@@ -33,23 +32,7 @@ from projected_grpo.run import train
 from projected_grpo.run_state import evaluation_of, locked
 from projected_grpo.saved_adapter import with_adapter
 from projected_grpo.steer import moved_along, steer
-from projected_grpo.steplog import read_metrics
 from projected_grpo.trainer import ProjectedGRPOTrainer
-
-
-def rows_of(config):
-    """Metrics without the columns that measure the machine."""
-    rows = read_metrics(config.run_dir / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
-
-
-def delta_of(config):
-    return load_file(config.run_dir / "adapter" / "adapter_model.safetensors")
-
-
-def rollouts_of(config):
-    with gzip.open(config.run_dir / "rollouts.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
 
 
 @contextmanager
