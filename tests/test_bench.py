@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 from projected_grpo.adapter import DeltaSConfig, delta_s_parameters
 from projected_grpo.bench.extraction import BATCHED, LOOP_MERGED, LOOP_PLAIN, _bases_apart, bench_extract, by_loop
+from projected_grpo.bench.generation import GROWING, STATIC
 from projected_grpo.bench.layer import BOTH, DEFERRED, FROZEN, LORA, MERGED, PLAIN, SPLIT
 from projected_grpo.bench.step import OURS, PROJECTED, STOCK, _Turns, bench_step
 from projected_grpo.bench.timing import Timings, in_turn, quartiles
@@ -146,6 +147,17 @@ def test_a_step_of_ours_is_timed_beside_one_of_stock_trl(monkeypatch):
     assert (PROJECTED, STOCK) in timings.limits
 
 
+def test_bench_generation_samples_a_steps_rows_both_ways(tmp_path, capsys):
+    out = tmp_path / "generation.json"
+    small = ["smoke", "--rounds", "2", "--max-completion-length", "5", "--out", str(out)]
+    assert main(["bench", "generation", *small]) == 0
+    said = json.loads(out.read_text())
+    assert list(said["seconds"]) == [GROWING, STATIC]
+    assert all(len(times) == 2 and min(times) > 0 for times in said["seconds"].values())
+    assert (said["about"]["rows"], said["about"]["tokens"]) == (4, 5)  # two prompts, half of each group of four
+    assert "compiles nothing on this device" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -157,6 +169,7 @@ def test_a_step_of_ours_is_timed_beside_one_of_stock_trl(monkeypatch):
         (["step", "smoke", "--rounds", "none"], "--rounds none must be a number"),
         (["step", "smoke", "--rounds", "²"], "must be a number"),
         (["step", "tiny"], "tiny"),
+        (["generation", "smoke", "--static-cache"], "--static-cache is set by bench generation itself"),
         (["extract", "smoke", "--token-reduction", "mean"], "leave --token-reduction out"),
         (["step", "smoke", "--arm", "vanilla"], "--arm is set by bench step itself"),
         (["step", "smoke", "--mix-ratio", "0.5", "--teacher-pool", "x"], "--mix-ratio is set by bench step itself"),

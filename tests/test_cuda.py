@@ -131,13 +131,13 @@ def test_pair_gradients_are_those_of_the_cpu():
         assert (grads[1][name] - here).norm() <= 1e-4 * here.norm(), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_trains_and_evaluates_on_the_gpu(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", []), ("bfloat16", []), ("bfloat16", ["--static-cache"])])
+def test_a_run_trains_and_evaluates_on_the_gpu(tmp_path, dtype, cache):
     pool, out = tmp_path / "pool.jsonl", tmp_path / "runs"
     assert main(["pool", "build", "--out", str(pool)]) == 0
     few = ["--steps", "3", "--vhack-refresh-every", "1", "--rollout-grad-every", "1", "--teacher-pool", str(pool)]
     where = ["--device", "cuda", "--dtype", dtype, "--out-root", str(out), "--gradient-checkpointing"]
-    assert main(["train", "smoke", *few, *where, "--beta", "0.001"]) == 0
+    assert main(["train", "smoke", *few, *where, *cache, "--beta", "0.001"]) == 0
     folder = out / "smoke" / "projected_s41"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3

@@ -29,7 +29,7 @@ from projected_grpo.memory import forecast
 from projected_grpo.models import load_model
 from projected_grpo.presets import of_arm
 from projected_grpo.run import train
-from projected_grpo.run_state import evaluation_of, locked
+from projected_grpo.run_state import differing, evaluation_of, locked
 from projected_grpo.saved_adapter import with_adapter
 from projected_grpo.steer import moved_along, steer
 from projected_grpo.trainer import ProjectedGRPOTrainer
@@ -233,6 +233,10 @@ def test_a_folder_with_another_run_is_refused_and_kept(small_config):
     (folder / "config.json").write_text(replace(small_config, steps=9).to_json())
     refused(small_config, str(folder), "--overwrite")
     refused(replace(small_config, resume=True), "another steps", "--config")
+    saved = replace(
+        small_config, static_cache=True, vllm_server="http://other:1", vllm_gpu_memory=0.5, grader_workers=7
+    )
+    assert differing(saved, small_config) == ["static_cache"]  # where vLLM runs changes no number
 
 
 def test_a_folder_in_use_is_refused(small_config):

@@ -10,6 +10,7 @@ from peft import get_peft_model
 
 from projected_grpo.adapter import DeltaSConfig, delta_s_modules, delta_s_parameters
 from projected_grpo.basis import HackBasis
+from projected_grpo.decoding import GROUPED
 from projected_grpo.deferral import DeferredGrads
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import load_problems
@@ -30,7 +31,7 @@ def grader():
         yield grader
 
 
-def make_trainer(config, material, grader, double=False, defer_budget_gb=0.0):
+def make_trainer(config, material, grader, double=False, **settings):
     problems = load_problems(material / "problems.toml")
     loaded = load_model("tiny-random", device="cpu")
     if double:
@@ -54,8 +55,8 @@ def make_trainer(config, material, grader, double=False, defer_budget_gb=0.0):
         reward=CodeReward(grader, problems),
         pool=load_pool(material / "pool.jsonl"),
         num_teacher=config.num_teacher,
-        defer_budget_gb=defer_budget_gb,
         on_row=rows.append,
+        **settings,
     )
     return trainer, rows
 
@@ -93,7 +94,7 @@ def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(
     flush = DeferredGrads.flush
     monkeypatch.setattr(DeferredGrads, "flush", lambda *args: flushed.append(len(args[0]._held)) or flush(*args))
     for form in ("plain", "merged"):
-        trainer, rows = make_trainer(config, material, grader, double, budget)
+        trainer, rows = make_trainer(config, material, grader, double, defer_budget_gb=budget)
         for module in delta_s_modules(trainer.model).values():
             module.form = form
         spy = SpyOnGradients(trainer.projection, trainer)
@@ -121,7 +122,7 @@ def test_the_sources_gradients_sum_to_the_whole_unclipped_gradient(
 
 def test_a_step_that_did_not_end_leaves_nothing_to_the_next(small_config, material, grader):
     """Whoever catches what stopped a run may train on with the same trainer."""
-    trainer, rows = make_trainer(replace(small_config, steps=1, micro_batch=2), material, grader, False, 1.0)
+    trainer, rows = make_trainer(replace(small_config, steps=1, micro_batch=2), material, grader, defer_budget_gb=1.0)
     compute, calls, seen = trainer._compute_loss, [], []
 
     def fail(model, inputs):
@@ -197,8 +198,9 @@ def test_the_teachers_ratio_is_one_on_every_reuse_and_the_students_is_not(small_
     assert max(student for _, student in ratios) > 1e-3
 
 
-def test_generation_runs_on_merged_weights_that_are_put_back_exactly(small_config, material, grader):
-    trainer, _ = make_trainer(replace(small_config, steps=1), material, grader)
+@pytest.mark.parametrize("static", [False, True])
+def test_generation_runs_on_merged_weights_that_are_put_back_exactly(small_config, material, grader, static):
+    trainer, _ = make_trainer(replace(small_config, steps=1), material, grader, static_cache=static)
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if "base_layer" in name}
     merged = []
     base_generate = trainer.model.generate
@@ -206,11 +208,15 @@ def test_generation_runs_on_merged_weights_that_are_put_back_exactly(small_confi
     def generate(*args, **kwargs):
         name, weight = next(iter(before.items()))
         merged.append(not torch.equal(dict(trainer.model.named_parameters())[name], weight))
+        assert (trainer.model.config._attn_implementation == GROUPED) == static
+        config = kwargs["generation_config"]
+        assert (config.cache_implementation == "static") == (not config.disable_compile) == static
         return base_generate(*args, **kwargs)
 
     trainer.model.generate = generate
     trainer.train()
     assert merged == [True]
+    assert trainer.model.config._attn_implementation == "sdpa"
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 

@@ -109,7 +109,9 @@ def test_a_run_over_vllm_asks_for_the_students_alone_and_syncs_each_step(small_c
     monkeypatch.setattr("trl.trainer.grpo_trainer.is_vllm_available", lambda: True, raising=False)
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Generation)
     Generation.made.clear()
-    config = replace(small_config, steps=2, vllm=mode, vllm_gpu_memory=0.4, vllm_server="http://gpu:9000")
+    config = replace(
+        small_config, steps=2, vllm=mode, vllm_gpu_memory=0.4, vllm_server="http://gpu:9000", static_cache=True
+    )
     train(config)
     (generation,) = Generation.made
     assert generation.settings["mode"] == mode

@@ -129,8 +129,8 @@ def _rounds_and_out(args: list[str], name: str, rounds: int) -> tuple[int, Path,
     return int(given or rounds), _file(Path(out) if out else None, name, overwrite), args
 
 
-_NOT_OF_A_STEP = (
-    *("arm", "label", "exploratory", "out_root", "overwrite", "resume", "basis", "mix_ratio", "teacher_pool"),
+_OF_A_RUN = (
+    *("arm", "label", "exploratory", "out_root", "overwrite", "resume", "basis"),
     *("steps", "save_every", "rollout_grad_every", "vhack_refresh_every"),
 )
 
@@ -147,11 +147,22 @@ def step(args: list[str]) -> None:
     """One optimiser step of ours against stock TRL with LoRA. `bench step PRESET [--rounds N] [--out FILE] ...`"""
     rounds, out, args = _rounds_and_out(args, "step", 5)
     config = with_preset(args, "bench step", lambda preset: replace(preset, mix_ratio=0.0, teacher_pool=None))
-    _refuse_ignored(config, "bench step", _NOT_OF_A_STEP)
+    _refuse_ignored(config, "bench step", (*_OF_A_RUN, "mix_ratio", "teacher_pool"))
     console()
     from projected_grpo.bench.step import bench_step
 
     _report(bench_step(config, rounds), out)
+
+
+def generation(args: list[str]) -> None:
+    """A step's generation with a growing and a static cache. `bench generation PRESET [--rounds N] [--out FILE] ...`"""
+    rounds, out, args = _rounds_and_out(args, "generation", 3)
+    config = with_preset(args, "bench generation", lambda preset: preset)
+    _refuse_ignored(config, "bench generation", (*_OF_A_RUN, "static_cache"))
+    console()
+    from projected_grpo.bench.generation import bench_generation
+
+    _report(bench_generation(config, rounds), out)
 
 
 def extract(args: list[str]) -> None:
@@ -214,6 +225,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "bench layer": layer,
     "bench step": step,
     "bench extract": extract,
+    "bench generation": generation,
     "bench svd": svd,
     "bench grader": grader,
 }

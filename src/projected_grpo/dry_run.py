@@ -20,6 +20,9 @@ from projected_grpo.paths import cache_dir, existing
 TOKEN_LAYER_S = 3.2e-3
 """Of generation, for each token and layer: 115 ms a token for the 36 layers of preset `full` on an H200, 5 ms for two
 of `micro` on a CPU (docs/performance.md)."""
+COMPILED_TOKEN_LAYER_S = 0.7e-3
+"""The same where the step is compiled (`--static-cache` on a GPU): of 31 ms a token at `full` on an H200, what is no
+arithmetic."""
 H200_UPDATE = 2.5e14
 """Multiplications and additions a second that the update of preset `full` reached on one H200."""
 OF_A_PRODUCT = {"cuda": 0.35, "cpu": 0.5}
@@ -75,7 +78,9 @@ def time_of(config: TrainConfig, sizes: Sizes, device: str) -> Time:
     passes = 4 + 2 * config.gradient_checkpointing + 2 * bool(config.beta) + 2 * reused
     trained = rows * ((prompt + completion) * (passes + 2) * sizes.adapted + completion * passes * sizes.head)
     generations = 1 / config.num_iterations
-    generation = TOKEN_LAYER_S * sizes.layers * completion + sampled / rate
+    compiled = config.static_cache and torch.device(device).type == "cuda"
+    each = COMPILED_TOKEN_LAYER_S if compiled else TOKEN_LAYER_S
+    generation = each * sizes.layers * completion + sampled / rate
     return Time(generation * generations, trained / rate, rate, of)
 
 

@@ -278,9 +278,18 @@ class _Shape:
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         one = rows * (prompt + completion) * heads * width * self.item
         cache = 2 * text.num_hidden_layers * one
-        prefill = 3 * rows * prompt * max(self.widest, self.hidden) * self.item
         # Logits and their copies in float32, sorted with their places (8 bytes each) for the nucleus.
         sampling = rows * self.vocabulary * (5 * _FLOAT + 8)
+        tokens = rows * prompt * self.item
+        if config.static_cache:
+            # The whole cache is there while the prompts are read, and keys and values are copied for each query head;
+            # beside them the queries, turned and not, the output, and what goes around the layer.
+            groups = text.num_attention_heads // heads
+            attention = 2 * groups * one * (groups > 1) + tokens * (3 * text.num_attention_heads * width)
+            prefill = max(attention, tokens * 3 * self.widest) + tokens * 2 * self.hidden
+            work = max(prefill, sampling)
+            return {"keys and values": cache, "at work": work}
+        prefill = 3 * tokens * max(self.widest, self.hidden)
         return {"keys and values": cache, "logits": sampling, "at work": max(prefill, 2 * one)}
 
     def update(self, prompt: int, completion: int) -> dict[str, int]:

@@ -207,6 +207,7 @@ def _train(
             num_teacher=config.num_teacher,
             rollout_grad_every=config.rollout_grad_every,
             offload=config.offload,
+            static_cache=config.static_cache,
             defer_budget_gb=config.defer_budget_gb,
             on_row=log.row if log is not None else _nowhere,
             on_rollouts=_on_rollouts(config, folder, start_step) if log is not None else _nowhere,

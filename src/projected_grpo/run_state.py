@@ -32,7 +32,7 @@ STARTS = "starts.json"
 LOCK = ".lock"
 LAST_FILE = "basis.safetensors"
 """What a trained run's folder is given last: with it the rest is whole."""
-NOT_COMPARED = {"resume", "overwrite", "grader_workers", "report_to"}
+NOT_COMPARED = {"resume", "overwrite", "grader_workers", "report_to", "vllm_server", "vllm_gpu_memory"}
 EVAL_NOT_COMPARED = {"adapter", "out", "overwrite", "grader_workers", "device"}
 
 

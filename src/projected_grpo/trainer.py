@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from projected_grpo.adapter import DeltaSLinear, delta_s_modules
+from projected_grpo.decoding import grouped_attention_in, use_static_cache
 from projected_grpo.deferral import DeferredGrads
 from projected_grpo.encoding import encode_completion
 from projected_grpo.env.rewards import CodeReward
@@ -57,6 +58,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         rollout_grad_every: optimiser steps between two measurements of the rollouts' own gradients (one more forward
             and backward each); 0 never measures them.
         offload: keep the adapter's factors and the unmerged weights in host memory while a GPU generates.
+        static_cache: generate with a compiled step over a cache of fixed size (`decoding`), unless vLLM generates.
         defer_budget_gb: memory (1e9 bytes) in which weights' gradients are summed over the micro-batches of a step, so
             that δ's is made from them once; in one process only.
     """
@@ -74,6 +76,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         on_rollouts: Callable[[list[dict]], None] = lambda rows: None,
         rollout_grad_every: int = 0,
         offload: bool = False,
+        static_cache: bool = False,
         defer_budget_gb: float = 0.0,
         **kwargs,
     ) -> None:
@@ -92,6 +95,9 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._on_row, self._on_rollouts = on_row, on_rollouts
         self._rollout_grad_every = rollout_grad_every
         self._offload = offload
+        self._static_cache = static_cache and not self.use_vllm
+        if self._static_cache:
+            use_static_cache(self.generation_config)
         self._recorder = RowGradRecorder(self._record)
         micro_batches = self.args.gradient_accumulation_steps
         alone = self.accelerator.distributed_type == DistributedType.NO
@@ -132,7 +138,11 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         n_students = num_generations - (self.num_teacher if self.model.training else 0)
         sampled, sampled_logps = [], None
         if students or self.use_vllm:  # a group may lie across processes, one of which then has its teachers alone
-            with _merged(self.accelerator.unwrap_model(self.model), unless=self.use_vllm, offload=self._offload):
+            model = self.accelerator.unwrap_model(self.model)
+            with (
+                _merged(model, unless=self.use_vllm, offload=self._offload),
+                grouped_attention_in(model) if self._static_cache else nullcontext(),
+            ):
                 sampled, sampled_logps = super()._generate_single_turn(
                     [prompt_ids[i] for i in students], images, multimodal_fields, n_students, **kwargs
                 )

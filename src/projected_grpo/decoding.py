@@ -1,0 +1,62 @@
+"""Generation with keys and values in one block of fixed size and a compiled step, for a GPU: `--static-cache`.
+
+A step of transformers' own loop starts some two thousand kernels on a model of 36 layers, and a GPU waits for most of
+them (docs/performance.md). `torch.compile` fuses them; it wants tensors that keep their shape, which is what
+transformers' static cache is for. Its attention then copies keys and values for every query head of a group. Ours takes
+the queries of a group for so many positions of one head, as transformers does where it does not compile: no key is
+copied.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, CompileConfig, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+GROUPED = "sdpa_grouped"
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, but for a single masked token of a model with grouped queries.
+
+    `query` (rows, heads, tokens, width), `key` and `value` (rows, heads / groups, length, width); returns (rows,
+    tokens, heads, width).
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    if query.shape[2] > 1 or groups == 1 or attention_mask is None or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows, heads, _, width = query.shape
+    grouped = query.view(rows, heads // groups, groups, width)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def use_static_cache(config: GenerationConfig) -> None:
+    """Let `config` generate so. No CUDA graphs: they would be recorded anew for each step's merged weights."""
+    config.cache_implementation = "static"
+    config.disable_compile = False
+    config.compile_config = CompileConfig(mode="default")
+
+
+@contextmanager
+def grouped_attention_in(model: Any) -> Iterator[None]:
+    """`model`'s attention is ours inside the block, where it was SDPA."""
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(GROUPED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
