@@ -69,11 +69,11 @@ full problems="train": (_pool problems)
     projected-grpo train full --problems {{problems}} --teacher-pool out/pools/{{file_stem(problems)}}.jsonl
 
 # the full preset: the basis once, then vanilla and projected for seeds 41 42 43, skipping what is done
-queue-full problems="train": (queue "full" problems)
+queue-full problems="train" *flags: (queue "full" problems flags)
 
 # the same for any preset; an interrupted run is resumed; `problems`: the preset's own by default
-queue preset problems="":
-    projected-grpo sweep --preset {{preset}} --arms vanilla,projected --seeds 41,42,43 \
+queue preset problems="" *flags:
+    projected-grpo sweep --preset {{preset}} --arms vanilla,projected --seeds 41,42,43 {{flags}} \
       {{ if problems == "" { "" } else { "--problems " + problems + " --teacher-pool out/pools/" + file_stem(problems) + ".jsonl" } }}
 
 # the microcosm from nothing: base model, vanilla beside projected, their curves

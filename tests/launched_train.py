@@ -4,6 +4,8 @@ Sampling draws from each process's own generator, so that two processes never wr
 student's tokens are a function of step, prompt and place in the whole batch. Each process also leaves the gradient that
 its optimiser was given, in FOLDER/gradients_{rank}.pt.
 
+With SAMPLED set to anything it samples after all, as any run does: each process from its own generators.
+
 usage: launched_train.py FOLDER ARGUMENTS OF projected-grpo
 """
 
@@ -42,6 +44,7 @@ def noted(self, args, state, control, model, **kwargs):
     torch.save(seen, folder / f"gradients_{rank}.pt")
 
 
-GRPOTrainer._generate_single_turn = written
+if not os.environ.get("SAMPLED"):
+    GRPOTrainer._generate_single_turn = written
 ProjectionCallback.on_pre_optimizer_step = noted
 sys.exit(main(arguments))

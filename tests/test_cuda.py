@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from projected_grpo.adapter import DeltaSConfig, delta_s_modules, delta_s_parameters
+from projected_grpo.bench.generation import generate
 from projected_grpo.bench.step import bench_step
 from projected_grpo.cli import main
 from projected_grpo.deferral import DeferredGrads
@@ -131,6 +133,31 @@ def test_pair_gradients_are_those_of_the_cpu():
         assert (grads[1][name] - here).norm() <= 1e-4 * here.norm(), name
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_compiled_step_generates_what_the_growing_cache_does(dtype, tolerance, padded):
+    model = get_peft_model(load_model("tiny-random", dtype, "cuda").model, DeltaSConfig()).eval()
+    config = replace(preset_defaults("smoke"), max_completion_length=9)
+    batch = {"input_ids": torch.randint(5, 250, (6, 21)).cuda()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if padded:
+        batch["attention_mask"][0, :7] = 0
+    for scale in (0.05, -0.05):  # the compiled step has to see the weights of the time
+        with torch.no_grad():
+            for delta in delta_s_parameters(model).values():
+                delta.copy_(scale * normal(*delta.shape))
+        model.merge_adapter()
+        each = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        each |= {"return_dict_in_generate": True, "output_logits": True}
+        growing, static = (generate(model, batch, config, static, **each) for static in (False, True))
+        model.unmerge_adapter()
+        # Until the first token in which rounding decides, if any, both have read the same.
+        same = (growing.sequences == static.sequences).all(0)[21:].int().cumprod(0).sum()
+        assert same >= 3
+        for a, b in list(zip(growing.logits, static.logits, strict=True))[:same]:
+            assert (a - b).norm() <= tolerance * a.norm()
+
+
 @pytest.mark.parametrize(("dtype", "cache"), [("float32", []), ("bfloat16", []), ("bfloat16", ["--static-cache"])])
 def test_a_run_trains_and_evaluates_on_the_gpu(tmp_path, dtype, cache):
     pool, out = tmp_path / "pool.jsonl", tmp_path / "runs"
@@ -148,7 +175,5 @@ def test_a_run_trains_and_evaluates_on_the_gpu(tmp_path, dtype, cache):
 
 def test_a_step_is_timed_against_trls_own():
     config = preset_defaults("smoke")
-    from dataclasses import replace
-
     timings = bench_step(replace(config, device="cuda", max_completion_length=16), rounds=1)
     assert all(seconds > 0 for case in timings.seconds.values() for seconds in case)

@@ -1,6 +1,6 @@
 """Generation over a static cache: the same numbers as over a growing one."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from projected_grpo import decoding
 from projected_grpo.adapter import DeltaSConfig, delta_s_parameters
 from projected_grpo.bench.generation import generate
-from projected_grpo.decoding import GROUPED, grouped_attention, grouped_attention_in, use_static_cache
+from projected_grpo.decoding import (
+    GROUPED,
+    check_compiler,
+    grouped_attention,
+    grouped_attention_in,
+    use_static_cache,
+)
+from projected_grpo.errors import InputError
 from projected_grpo.models import load_model
 from projected_grpo.presets import preset_defaults
 
@@ -66,8 +73,8 @@ def test_grouped_attention_is_attention(rows, kv_heads, groups, tokens, length, 
     torch.testing.assert_close(out, theirs)
 
 
-def _model(seed=0):
-    model = get_peft_model(load_model("tiny-random", "float64", "cpu").model, DeltaSConfig()).eval()
+def _model(seed=0, dtype="float64", device="cpu"):
+    model = get_peft_model(load_model("tiny-random", dtype, device).model, DeltaSConfig()).eval()
     _move(model, seed)
     return model
 
@@ -112,6 +119,7 @@ def test_the_static_cache_generates_what_the_growing_one_does(monkeypatch):
     torch.testing.assert_close(torch.stack(growing.logits), torch.stack(static.logits))
     assert seen == [12, 12] + [1, 1] * 6  # two layers: the prompt, then all but the last token
     assert type(static.past_key_values).__name__ == "StaticCache"
+    assert static.past_key_values.layers[0].keys.shape[2] == 24  # 12 + 7, a multiple of eight
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -127,12 +135,22 @@ def test_another_attention_than_sdpa_is_left_alone():
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(("device", "refused"), [("cuda:0", True), ("cpu", False)])
+def test_what_compiling_needs_is_asked_for_by_name(monkeypatch, device, refused):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    says = r"--static-cache compiles and does not find a C compiler \(gcc, or CC\)"
+    with pytest.raises(InputError, match=says) if refused else nullcontext():
+        check_compiler(device)
+
+
 @pytest.mark.slow
 def test_the_compiled_step_follows_the_weights_and_is_not_compiled_anew(monkeypatch):
-    """As on a GPU; a CPU is made to compile too."""
+    """As on a GPU; a CPU is made to compile too. The cache has room for the longest prompt from the beginning."""
 
-    def everywhere(config: GenerationConfig) -> None:
-        use_static_cache(config)
+    def everywhere(config: GenerationConfig, tokens: int) -> None:
+        assert tokens <= 21
+        use_static_cache(config, 21)
         config.compile_config = CompileConfig(mode="default")
         config.compile_config._compile_all_devices = True
 
@@ -140,7 +158,7 @@ def test_the_compiled_step_follows_the_weights_and_is_not_compiled_anew(monkeypa
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = _model()
-    for seed, length in ((1, 12), (2, 12), (3, 10), (4, 12)):  # a shorter prompt gets the longer one's cache
+    for seed, length in ((1, 10), (2, 12), (3, 9), (4, 14)):
         _move(model, seed)
         growing, static = _both(model, _batch(length))
         assert torch.equal(growing.sequences, static.sequences)

@@ -26,6 +26,7 @@ from projected_grpo.run import train
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 REUSE = {"steps_per_generation": 2, "num_iterations": 2, "prompts_per_step": 1, "vhack_refresh_every": 2, "beta": 0.01}
+"""Single prompts of unequal length, so that a cache made for the prompts at hand would change with a resume."""
 KILLS = 12
 """Kills of each of two kinds of run; every fourth run is killed once more after its first resume."""
 
@@ -97,7 +98,9 @@ def left_by(config):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [{}, REUSE], ids=["on-policy", "reused rollouts, refresh, KL"])
+@pytest.mark.parametrize(
+    "kind", [{}, REUSE | {"static_cache": True}], ids=["on-policy", "reused rollouts, refresh, KL, static cache"]
+)
 def test_a_run_killed_at_any_moment_ends_as_one_that_nobody_touched(processes, small_config, tmp_path, kind):
     whole = replace(small_config, steps=6, save_every=2, **kind)
     counts = tmp_path / "touched"

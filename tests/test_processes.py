@@ -11,7 +11,7 @@ import torch
 from run_files import delta_of, rollouts_of, rows_of
 
 from projected_grpo.errors import InputError
-from projected_grpo.processes import refuse_sharding
+from projected_grpo.run import train
 from projected_grpo.steplog import read_metrics
 
 SCRIPT = Path(__file__).with_name("launched_train.py")
@@ -82,8 +82,9 @@ def test_two_processes_do_what_one_does(small_config, tmp_path, layout):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_resume_each_where_it_was(small_config, tmp_path):
-    config = replace(small_config, steps=4, micro_batch=2, save_every=2)
+def test_two_processes_resume_each_where_it_was(small_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMPLED", "1")
+    config = replace(small_config, steps=4, micro_batch=2, save_every=2, static_cache=True)
     whole = launched(config, tmp_path / "whole", 2)
     assert whole.returncode == 0, whole.stderr
     rows, rollouts = rows_of(config), rollouts_of(config)
@@ -98,13 +99,18 @@ def test_two_processes_resume_each_where_it_was(small_config, tmp_path):
     assert rows_of(config) == rows
 
 
-def test_sharding_launchers_are_refused_with_the_reason(monkeypatch):
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+def test_sharding_launchers_are_refused_with_the_reason(monkeypatch, small_config):
+    for variable, name in (
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ):
         monkeypatch.setenv(variable, "true")
         with pytest.raises(InputError, match=f"{name} is not supported.*whole gradient"):
-            refuse_sharding()
+            train(small_config)
         monkeypatch.delenv(variable)
-    refuse_sharding()
+    assert not small_config.run_dir.exists()
 
 
 def test_the_rows_of_a_step_have_to_be_shared_out_evenly(small_config, monkeypatch):

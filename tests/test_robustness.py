@@ -73,6 +73,25 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(small_config, t
         train(small_config)
 
 
+def test_a_warm_cache_may_be_read_only(small_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJECTED_GRPO_CACHE", str(tmp_path / "cache"))
+    train(replace(small_config, steps=1))
+    held = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    assert any(path.is_file() for path in held)
+    for path in held:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def write(event, args):  # root may write what is read-only, so it is watched as well
+        if watching and event == "open" and str(args[0]).startswith(str(tmp_path / "cache")):
+            assert not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR), args
+
+    watching = True
+    sys.addaudithook(write)
+    train(replace(small_config, steps=1, seed=7))
+    watching = False
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == held
+
+
 def test_a_full_disk_is_named_whatever_the_library_said(tmp_path, monkeypatch):
     line = rf"the disk that {tmp_path} lies on is full; free some"
     with pytest.raises(RunFault, match=line), naming_a_full_disk(tmp_path, "free some"):

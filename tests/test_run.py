@@ -239,6 +239,21 @@ def test_a_folder_with_another_run_is_refused_and_kept(small_config):
     assert differing(saved, small_config) == ["static_cache"]  # where vLLM runs changes no number
 
 
+def test_a_run_that_came_and_went_while_this_one_was_loading_is_kept(small_config, monkeypatch):
+    folder = small_config.run_dir
+
+    def load_slowly(*args):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(small_config.to_json())
+        (folder / "metrics.jsonl").write_text("{}\n")
+        return load_model(*args)
+
+    monkeypatch.setattr("projected_grpo.run.load_model", load_slowly)
+    with pytest.raises(InputError, match=r"exists; add --overwrite"):
+        train(small_config)
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
 def test_a_folder_in_use_is_refused(small_config):
     folder = small_config.run_dir
     folder.mkdir(parents=True)

@@ -18,6 +18,7 @@ from projected_grpo.errors import InputError
 from projected_grpo.models import load_model
 from projected_grpo.run import grpo_config, train
 from projected_grpo.steplog import read_metrics
+from projected_grpo.trainer import ProjectedGRPOTrainer
 
 
 class Client:
@@ -112,7 +113,20 @@ def test_a_run_over_vllm_asks_for_the_students_alone_and_syncs_each_step(small_c
     config = replace(
         small_config, steps=2, vllm=mode, vllm_gpu_memory=0.4, vllm_server="http://gpu:9000", static_cache=True
     )
+    ratios = {True: [], False: []}
+    compute = ProjectedGRPOTrainer._compute_loss
+
+    def watched(self, model, inputs):
+        ratio = inputs["importance_sampling_ratio"].expand(inputs["completion_mask"].shape)
+        for row, mask, teacher in zip(ratio, inputs["completion_mask"].bool(), inputs["is_teacher"], strict=True):
+            ratios[bool(teacher)] += row[mask].tolist()
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(ProjectedGRPOTrainer, "_compute_loss", watched)
     train(config)
+    assert set(ratios[True]) == {1.0}  # TRL's correction for another engine's sampling is none of the teacher's
+    assert all(0 < ratio != 1 for ratio in ratios[False])
+    assert len(ratios[False]) > 8
     (generation,) = Generation.made
     assert generation.settings["mode"] == mode
     assert generation.settings["server_base_url"] == "http://gpu:9000"

@@ -228,5 +228,5 @@ def _run(*args: str) -> None:
 
 def _help() -> str:
     lines = [f"usage: {PROG} COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<14}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<16}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", f"`{PROG} COMMAND --help` tells the options of a command."])

@@ -215,7 +215,8 @@ class TrainConfig(BasisOptions):
     offload: bool = True
     """While a GPU generates, keep the factors of delta_S and the unmerged weights in host memory (Qwen3-4B: 27 GB)."""
     static_cache: bool = False
-    """Generate on a GPU with a compiled step over a cache of fixed size; the first generation compiles for a minute."""
+    """Generate on a GPU with a compiled step over a cache of fixed size: a quarter of the time a token, after a minute
+    of compiling. On a CPU nothing is compiled; vLLM and evaluation have caches of their own."""
     vllm: VllmMode = "off"
     """Generate with vLLM: `colocate` on the training GPU, or `server`, a `trl vllm-serve` of the same model."""
     vllm_gpu_memory: float = 0.3

@@ -2,7 +2,8 @@
 
 Time is a rough figure. The arithmetic of a step is counted (docs/performance.md), and divided by what this machine's
 matrix products reach, or one H200's where the GPU asked for is not here; to it comes what transformers' generation
-spends on every token and layer however small the model is. Every completion counts as long as it may become.
+spends on every token and layer however small the model is. Every completion counts as long as it may become. A compiled
+step spends less on each; its figure holds what attention takes at `full`'s rows and lengths, and is too high for fewer.
 """
 
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from projected_grpo import processes
 from projected_grpo.config import TrainConfig
+from projected_grpo.errors import InputError
 from projected_grpo.memory import GB, Sizes, forecast
 from projected_grpo.paths import cache_dir, existing
 
@@ -51,7 +54,13 @@ class Time:
 
 
 def dry_run(config: TrainConfig) -> str:
-    """The three of them, for people. Raises InputError as `forecast` does."""
+    """The three of them, for people. Raises InputError as `forecast` does, and for what it does not reckon with."""
+    if config.vllm != "off":
+        raise InputError(
+            "--dry-run knows nothing of vLLM's memory and time; leave --vllm out, and add vLLM's own share"
+        )
+    if processes.world_size() > 1:
+        raise InputError("--dry-run is for one process; start it without a launcher, with one process's --micro-batch")
     found = forecast(config)
     taken = time_of(config, found.sizes, found.about["device"])
     hours = taken.step * config.steps / 3600

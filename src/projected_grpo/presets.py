@@ -7,9 +7,7 @@ from typing import Any
 from projected_grpo.config import TrainConfig
 from projected_grpo.errors import InputError
 
-_FULL = TrainConfig(
-    preset="full", mix_ratio=0.5, teacher_pool=Path("out/pools/train.jsonl"), beta=1e-3, static_cache=True
-)
+_FULL = TrainConfig(mix_ratio=0.5, teacher_pool=Path("out/pools/train.jsonl"), beta=1e-3, preset="full")
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "full": ("Qwen3-4B, 200 steps of 43 prompts x 6, KL 1e-3: the published setting, one GPU (see --dry-run)", _FULL),
     "fast": (
@@ -21,7 +19,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         replace(
             _FULL,
             preset="smoke",
-            static_cache=False,
             model="tiny-random",
             dtype="float32",
             device="cpu",
@@ -92,7 +89,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         replace(
             _FULL,
             preset="smoke-real",
-            static_cache=False,
             model="smollm2-135m",
             dtype="float32",
             device="cpu",

@@ -38,7 +38,12 @@ def join(device: str) -> None:
 
 def refuse_sharding() -> None:
     """Raises InputError under a launcher that would split the model's tensors over the processes."""
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+    for variable, name in (
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise InputError(
                 f"{name} is not supported: it splits delta_S over the processes, and the projection needs a module's "

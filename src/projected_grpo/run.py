@@ -23,6 +23,7 @@ from projected_grpo.adapter import DeltaSConfig
 from projected_grpo.arms import ARMS
 from projected_grpo.basis import HackBasis, check_top_k
 from projected_grpo.config import TrainConfig
+from projected_grpo.decoding import check_compiler
 from projected_grpo.encoding import encode_completion
 from projected_grpo.env.grader import Grader
 from projected_grpo.env.problems import Problem
@@ -65,6 +66,8 @@ def train(config: TrainConfig) -> str:
         RunInterrupted: Ctrl-C; there is a checkpoint to go on from.
     """
     check_trackers(config.report_to)
+    if config.static_cache and config.vllm == "off":
+        check_compiler(device_of(config.device))
     if config.vllm != "off" and not is_vllm_available():
         raise InputError(f"--vllm {config.vllm}: vLLM is not installed; install projected-grpo[vllm] on a GPU machine")
     processes.refuse_sharding()
@@ -440,6 +443,11 @@ def _whole_lines(path: Path) -> Iterator[str]:
 
 def _check_folder(config: TrainConfig) -> None:
     """Refuse a folder that is in use, holds another run, or, for a resume, holds none."""
+    _check_contents(config)
+    refuse_in_use(config.run_dir)
+
+
+def _check_contents(config: TrainConfig) -> None:
     folder, existing = config.run_dir, config.run_dir / "config.json"
     if config.resume:
         if not existing.is_file():
@@ -448,7 +456,6 @@ def _check_folder(config: TrainConfig) -> None:
             raise InputError(f"--resume: {existing} has another {names[0]}; resume with --config {existing}")
     elif folder.exists() and contents(folder) and not config.overwrite:
         raise InputError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or another --out-root")
-    refuse_in_use(folder)
 
 
 @contextmanager
@@ -461,6 +468,7 @@ def _run_folder(config: TrainConfig) -> Iterator[Path]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        _check_contents(config)  # another run may have come and gone while this one was loading
         if not config.resume:
             # What a killed run would go on from goes first, and last what says that there is one.
             first_to_last = sorted(contents(folder), key=lambda e: (e.name != "checkpoints", e.name == "config.json"))

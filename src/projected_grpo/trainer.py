@@ -28,7 +28,7 @@ from trl.trainer.utils import RepeatSampler
 from projected_grpo.adapter import DeltaSLinear, delta_s_modules
 from projected_grpo.decoding import grouped_attention_in, use_static_cache
 from projected_grpo.deferral import DeferredGrads
-from projected_grpo.encoding import encode_completion
+from projected_grpo.encoding import encode_completion, encode_prompt
 from projected_grpo.env.rewards import CodeReward
 from projected_grpo.errors import RunFault
 from projected_grpo.merged_forward import unchanging
@@ -97,7 +97,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._offload = offload
         self._static_cache = static_cache and not self.use_vllm
         if self._static_cache:
-            use_static_cache(self.generation_config)
+            use_static_cache(self.generation_config, self._longest_prompt() + self.max_completion_length)
         self._recorder = RowGradRecorder(self._record)
         micro_batches = self.args.gradient_accumulation_steps
         alone = self.accelerator.distributed_type == DistributedType.NO
@@ -107,6 +107,11 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self._generation: dict[str, Any] = {}
         self._step_rows: list[dict[str, Tensor]] = []
         self._reset_step()
+
+    def _longest_prompt(self) -> int:
+        """Tokens, of all that may be trained on."""
+        prompts = self.train_dataset["prompt"]
+        return max(len(encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs)) for prompt in prompts)
 
     # --- the mixed group ---------------------------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ GROWING, STATIC = "growing cache", "static cache"
 
 
 def bench_generation(config: TrainConfig, rounds: int) -> Timings:
-    """Seconds in which the students' rows of one step are sampled, to the full length, `rounds` times after a first
-    that is not counted but, for the static cache, told of: on a GPU it compiles."""
+    """Seconds in which the students' rows of one step are sampled, to the full length, `rounds` times after one of each
+    that is not counted; before them the static cache's first, which is told of: on a GPU it compiles."""
     prompter = Prompter(load_model(config.model, config.dtype, config.device), config.max_prompt_length, config.wording)
     batch = _first_batch(config, prompter)
     model = get_peft_model(prompter.loaded.model, DeltaSConfig()).eval()
@@ -73,6 +73,6 @@ def generate(model: PeftModel, batch: dict[str, Tensor], config: TrainConfig, st
         **sampling | more, max_new_tokens=length, min_new_tokens=length, pad_token_id=0, disable_compile=True
     )
     if static:
-        use_static_cache(generation)
+        use_static_cache(generation, batch["input_ids"].shape[1] + length)
     with torch.no_grad(), grouped_attention_in(model) if static else nullcontext():
         return model.generate(**batch, generation_config=generation)

@@ -115,6 +115,7 @@ def _ours(
         projection=projection_of(config, model, prompter, basis),
         rollout_grad_every=config.rollout_grad_every,
         offload=config.offload,
+        static_cache=config.static_cache,
         defer_budget_gb=config.defer_budget_gb,
         **common,
     )
