@@ -60,6 +60,8 @@ def test_every_number_and_every_rollout_reaches_each_tracker(small_config, tmp_p
     assert len(table.split("\n")) == 2 + 8
 
     (database,) = (tmp_path / "trackio").glob("*.db")
+    names = sqlite3.connect(database).execute("select distinct run_name from metrics").fetchall()
+    assert names == [(f"{config.preset}-{config.run_dir.name}",)]
     logged = [json.loads(row[0]) for row in sqlite3.connect(database).execute("select metrics from metrics")]
     numbers_of = {name: value for row in logged for name, value in row.items()}
     for name in wanted:

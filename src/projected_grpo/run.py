@@ -363,7 +363,7 @@ def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
         vllm_enable_sleep_mode=config.vllm == "colocate" and config.offload,
         vllm_server_base_url=config.vllm_server,
         report_to=list(config.report_to),
-        run_name=config.run_dir.name,
+        run_name=f"{config.preset}-{config.run_dir.name}",
         project="projected_grpo",
         disable_tqdm=True,
         log_level="warning",
