@@ -21,7 +21,7 @@ import torch
 from run_files import delta_of, rollouts_of, rows_of
 from safetensors.torch import load_file
 
-from projected_grpo import basis, run, steplog
+from projected_grpo import basis, run_folder, steplog
 from projected_grpo.run import train
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
@@ -45,7 +45,7 @@ class Tear:
         peft.peft_model.safe_save_file = self.torn(peft.peft_model.safe_save_file, lambda _, path, **__: path)  # δ
         basis.save_file = self.torn(basis.save_file, lambda _, path, **__: path)
         steplog.StepLog.row = self.torn(steplog.StepLog.row, lambda log, _: log.metrics_path)
-        run._RolloutFile.__call__ = self.torn(run._RolloutFile.__call__, lambda file, _: file.path)
+        run_folder.RolloutFile.__call__ = self.torn(run_folder.RolloutFile.__call__, lambda file, _: file.path)
 
     def torn(self, write, path_of):
         def torn(*args, **kwargs):

@@ -20,9 +20,10 @@ from projected_grpo.adapter import DeltaSConfig
 from projected_grpo.cli import main
 from projected_grpo.dry_run import H200_UPDATE, dry_run, time_of
 from projected_grpo.errors import InputError
-from projected_grpo.memory import Mask, _SavedTensors, forecast, saved_bytes
+from projected_grpo.memory import forecast
 from projected_grpo.presets import PRESETS, preset_defaults
 from projected_grpo.random_models import qwen3_4b_parts
+from projected_grpo.saved_tensors import Mask, _SavedTensors, saved_bytes
 
 SHAPE = {
     "vocab_size": 100,

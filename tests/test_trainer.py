@@ -22,7 +22,8 @@ from projected_grpo.projection import ProjectionCallback
 from projected_grpo.projector import joint_norm
 from projected_grpo.prompting import Prompter, prompt_rows
 from projected_grpo.run import grpo_config
-from projected_grpo.trainer import SOURCES, ProjectedGRPOTrainer
+from projected_grpo.step_columns import SOURCES
+from projected_grpo.trainer import ProjectedGRPOTrainer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import tyro
 
 from projected_grpo import cli_bench, cli_env, cli_micro, cli_report, cli_sweep
 from projected_grpo.cli_options import PROG, console, copy_fields, parse, take, with_preset
-from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig, at_least
+from projected_grpo.config import ArmName, BasisOptions, EvalConfig, ExtractConfig, TrainConfig
+from projected_grpo.config_checks import at_least
 from projected_grpo.errors import InputError, RunFault, RunInterrupted, is_disk_full
 from projected_grpo.presets import preset_defaults
 from projected_grpo.run_state import evaluation_of, held_out_of

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from projected_grpo.cli_options import console, copy_fields, parse, take, with_preset
-from projected_grpo.config import BasisOptions, TrainConfig, at_least
+from projected_grpo.config import BasisOptions, TrainConfig
+from projected_grpo.config_checks import at_least
 from projected_grpo.errors import InputError
 from projected_grpo.paths import check_out
 from projected_grpo.presets import preset_defaults

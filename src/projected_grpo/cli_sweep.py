@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from projected_grpo.cli_options import PROG, console, parse
-from projected_grpo.config import at_least
+from projected_grpo.config_checks import at_least
 from projected_grpo.errors import InputError
 
 if TYPE_CHECKING:

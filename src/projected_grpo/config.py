@@ -8,9 +8,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
+from projected_grpo.config_checks import at_least, flag, is_a, require
 from projected_grpo.errors import InputError
 
 ArmName = Literal[
@@ -26,34 +26,6 @@ ModeName = Literal["run_tests", "sentinel", "stdout_marker", "file_marker", "exi
 VllmMode = Literal["off", "colocate", "server"]
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Wording = Literal["plain", "detailed", "aware"]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def at_least(config: object, name: str, least: int) -> None:
-    """Refuse an option below `least` in one line."""
-    value = getattr(config, name)
-    _require(value >= least, f"{_flag(name)} {value} must be at least {least}")
-
-
-def is_a(value: object, hint: object) -> bool:
-    """Whether a value read from JSON is of a field's type; a whole number stands for a float."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(is_a(item, get_args(hint)[0]) for item in value)
-    if isinstance(hint, UnionType):
-        return any(is_a(value, part) for part in get_args(hint))
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is (str if hint is Path else hint)
 
 
 @dataclass(frozen=True)
@@ -90,12 +62,12 @@ class BasisOptions(ModelOptions):
     """Of everything that is drawn: sampling, order of problems and of teacher rows, control bases."""
 
     def __post_init__(self) -> None:
-        _require(self.v_hack_k >= 1, f"--v-hack-k {self.v_hack_k} must be at least 1")
-        _require(0 <= self.drop_bottom_frac < 1, f"--drop-bottom-frac {self.drop_bottom_frac} must be in [0, 1)")
-        _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
-        _require(0 <= self.seed < 2**32, f"--seed {self.seed} must be in [0, 2^32)")
-        _require(self.n_pairs is None or self.n_pairs >= 1, f"--n-pairs {self.n_pairs} must be at least 1")
-        _require(self.n_pairs is not None or not self.pairs_by_seed, "--pairs-by-seed needs --n-pairs")
+        require(self.v_hack_k >= 1, f"--v-hack-k {self.v_hack_k} must be at least 1")
+        require(0 <= self.drop_bottom_frac < 1, f"--drop-bottom-frac {self.drop_bottom_frac} must be in [0, 1)")
+        require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
+        require(0 <= self.seed < 2**32, f"--seed {self.seed} must be in [0, 2^32)")
+        require(self.n_pairs is None or self.n_pairs >= 1, f"--n-pairs {self.n_pairs} must be at least 1")
+        require(self.n_pairs is not None or not self.pairs_by_seed, "--pairs-by-seed needs --n-pairs")
 
     @property
     def pairs_seed(self) -> int:
@@ -120,7 +92,7 @@ class ExtractConfig(BasisOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             (self.control == "none") == (self.like is None),
             "--control and --like go together: a control copies the shape of a real basis",
         )
@@ -263,28 +235,28 @@ class TrainConfig(BasisOptions):
         for name in ("hold_rate", "hold_cap"):
             value = getattr(self, name)
             at_least(self, name, 0)
-            _require(held or not value, f"{_flag(name)} {value} needs --project-target displacement")
-        _require(not self.hold_cap or self.hold_rate > 0, f"--hold-cap {self.hold_cap} needs a --hold-rate above 0")
-        _require(
+            require(held or not value, f"{flag(name)} {value} needs --project-target displacement")
+        require(not self.hold_cap or self.hold_rate > 0, f"--hold-cap {self.hold_cap} needs a --hold-rate above 0")
+        require(
             not held or (self.gate != "reverse" and not self.preserve_magnitude and not self.vhack_refresh_every),
             "--project-target displacement goes with neither --gate reverse, --preserve-magnitude nor "
             "--vhack-refresh-every: it takes nothing out of a step, and a new basis would make δ jump",
         )
-        _require(
+        require(
             self.arm != "held" or (held and self.hold_rate > 0),
             f"arm held holds δ: it needs --project-target displacement, not {target}, and a --hold-rate above 0",
         )
-        _require(
+        require(
             self.arm != "random_matched" or (target != "displacement" and self.update_metric == "euclidean"),
             "arm random_matched matches what is taken out of a gradient or an update in the euclidean metric",
         )
-        _require(
+        require(
             self.update_metric == "euclidean"
             or (target == "update" and self.gate != "reverse" and not self.preserve_magnitude),
             f"--update-metric {self.update_metric} needs --project-target update, and goes with neither --gate reverse "
             "nor --preserve-magnitude",
         )
-        _require(
+        require(
             self.project_rows == "all"
             or (
                 target == "grad" and self.mix_ratio > 0 and not self.preserve_magnitude and self.arm != "random_matched"
@@ -293,37 +265,37 @@ class TrainConfig(BasisOptions):
             "with neither --preserve-magnitude nor arm random_matched",
         )
         for name in ("overshoot", "learning_rate", "grader_cpu_seconds"):
-            _require(getattr(self, name) > 0, f"{_flag(name)} {getattr(self, name)} must be positive")
+            require(getattr(self, name) > 0, f"{flag(name)} {getattr(self, name)} must be positive")
         at_least(self, "max_completion_length", 1)
-        _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
-        _require(0 < self.vllm_gpu_memory < 1, f"--vllm-gpu-memory {self.vllm_gpu_memory} must be in (0, 1)")
-        _require(bool(self.modes), "--modes names no mode")
-        _require(
+        require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
+        require(0 < self.vllm_gpu_memory < 1, f"--vllm-gpu-memory {self.vllm_gpu_memory} must be in (0, 1)")
+        require(bool(self.modes), "--modes names no mode")
+        require(
             self.label is None or re.fullmatch(r"[\w.+-]+", self.label) is not None,
             f"--label {self.label!r} names a folder: letters, digits and _.+- only",
         )
         rows = self.prompts_per_step * self.group_size
-        _require(self.group_size >= 2, f"--group-size {self.group_size}: an advantage needs at least 2 completions")
-        _require(
+        require(self.group_size >= 2, f"--group-size {self.group_size}: an advantage needs at least 2 completions")
+        require(
             rows % self.micro_batch == 0,
             f"--micro-batch {self.micro_batch} does not divide the step's {rows} rows "
             f"({self.prompts_per_step} prompts x {self.group_size}); choose a divisor",
         )
-        _require(
+        require(
             0 <= self.mix_ratio < 1, f"--mix-ratio {self.mix_ratio} must be in [0, 1): some rows must be the student's"
         )
         teacher = self.mix_ratio * self.group_size
-        _require(
+        require(
             teacher == round(teacher),
             f"--mix-ratio {self.mix_ratio} of a group of {self.group_size} is {teacher:g} rows; choose a share that "
             "gives a whole number",
         )
-        _require(
+        require(
             not self.mix_ratio or self.teacher_pool is not None,
             f"--mix-ratio {self.mix_ratio} needs --teacher-pool; build one with `projected-grpo pool build`, or set "
             "--mix-ratio 0",
         )
-        _require(
+        require(
             not (self.vhack_refresh_every and self.arm in ("random", "random_matched")),
             f"--vhack-refresh-every with arm {self.arm}: random directions do not go stale; leave it out",
         )
@@ -414,9 +386,9 @@ class EvalConfig(ModelOptions):
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "max_completion_length"):
             at_least(self, name, 1)
-        _require(self.limit is None or self.limit >= 1, f"--limit {self.limit} must be at least 1")
-        _require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
-        _require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
-        _require(self.grader_cpu_seconds > 0, f"--grader-cpu-seconds {self.grader_cpu_seconds} must be positive")
+        require(self.limit is None or self.limit >= 1, f"--limit {self.limit} must be at least 1")
+        require(self.temperature > 0, f"--temperature {self.temperature} must be positive")
+        require(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
+        require(self.grader_cpu_seconds > 0, f"--grader-cpu-seconds {self.grader_cpu_seconds} must be positive")
         at_least(self, "seed", 0)
-        _require(bool(self.modes), "--modes names no mode")
+        require(bool(self.modes), "--modes names no mode")

@@ -1,4 +1,4 @@
-"""Generation with keys and values in one block of fixed size and a compiled step, for a GPU: `--static-cache`.
+"""Generation: over merged weights, and with `--static-cache` over keys and values of fixed size, compiled on a GPU.
 
 A step of transformers' own loop starts some two thousand kernels on a model of 36 layers, and a GPU waits for most of
 them (docs/performance.md). `torch.compile` fuses them; it wants tensors that keep their shape, which is what
@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, CompileConfig, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from projected_grpo.adapter import delta_s_modules
 from projected_grpo.errors import InputError
 
 GROUPED = "sdpa_grouped"
@@ -95,3 +97,24 @@ def grouped_attention_in(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def merged(model, unless: bool, offload: bool) -> Iterator[None]:
+    """Merged weights inside the block, so that `generate` sees plain Linears; nothing with `unless`. `offload`:
+    what no merged weight needs is in a GPU's host memory."""
+    if unless or not isinstance(model, PeftModel):
+        yield
+        return
+    modules = delta_s_modules(model).values() if offload and model.device.type == "cuda" else ()
+    model.merge_adapter()
+    try:
+        for module in modules:
+            module.offload()
+        yield
+    finally:
+        try:
+            for module in modules:
+                module.restore()
+        finally:
+            model.unmerge_adapter()

@@ -1,12 +1,8 @@
 """One training run, from a config to a folder that holds all of it: the `train` command."""
 
-import gzip
-import json
-import shutil
 import signal
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,24 +30,15 @@ from projected_grpo.export import Facts, card
 from projected_grpo.extract import PairBases, describe, pairs_of
 from projected_grpo.models import device_of, load_model
 from projected_grpo.pairs import PairSet
-from projected_grpo.paths import existing, replacing
+from projected_grpo.paths import existing
 from projected_grpo.pool import ROLLOUTS, TeacherPool, load_pool
 from projected_grpo.projection import ProjectionCallback
 from projected_grpo.prompting import Prompter, prompt_rows
-from projected_grpo.run_state import (
-    LAST_FILE,
-    checkpoints,
-    contents,
-    differing,
-    last_checkpoint,
-    locked,
-    note_start,
-    refuse_in_use,
-)
+from projected_grpo.run_folder import RolloutFile, check_folder, checkpoint_to_resume, rollouts_until, run_folder
 from projected_grpo.sources import assign_modes, problems_of
 from projected_grpo.steplog import StepLog
 from projected_grpo.trackers import RolloutTables, check_trackers
-from projected_grpo.trainer import STATE_FILE, ProjectedGRPOTrainer
+from projected_grpo.trainer import ProjectedGRPOTrainer
 from projected_grpo.version import code_version
 
 
@@ -72,7 +59,7 @@ def train(config: TrainConfig) -> str:
         raise InputError(f"--vllm {config.vllm}: vLLM is not installed; install projected-grpo[vllm] on a GPU machine")
     processes.refuse_sharding()
     processes.join(device_of(config.device))
-    processes.refused_by_main(lambda: _check_folder(config))
+    processes.refused_by_main(lambda: check_folder(config))
     problems = problems_of(config.problems)
     modes = dict(zip((problem.id for problem in problems), assign_modes(problems, config.modes), strict=True))
     pool = _teacher_pool(config, problems, modes)
@@ -110,7 +97,7 @@ def train(config: TrainConfig) -> str:
     callback = projection_of(config, model, prompter, basis)
     args = grpo_config(config, prompter)
     go_on = f"free some and go on with {_resume_line(config)}"
-    with naming_a_full_disk(existing(config.run_dir), go_on), _run_folder(config) as folder:
+    with naming_a_full_disk(existing(config.run_dir), go_on), run_folder(config) as folder:
         return _train(config, folder, args, model, prompter, dataset, problems, pool, callback)
 
 
@@ -183,7 +170,7 @@ def _train(
     pool: TeacherPool | None,
     callback: ProjectionCallback,
 ) -> str:
-    checkpoint = _checkpoint_to_resume(config, folder)
+    checkpoint = checkpoint_to_resume(config, folder)
     start_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     kind = config.arm, config.gate, config.project_target
     main = processes.is_main()
@@ -198,7 +185,7 @@ def _train(
         if prompter.loaded.note:
             logger.warning(prompter.loaded.note)
         reward = CodeReward(grader, problems, true_reward=ARMS[config.arm].true_reward)
-        reward.remember(_rollouts_until(folder / ROLLOUTS, start_step))
+        reward.remember(rollouts_until(folder / ROLLOUTS, start_step))
         trainer = ProjectedGRPOTrainer(
             model=model,
             args=args,
@@ -246,39 +233,6 @@ def _train(
 
 def _nowhere(row: object) -> None:
     """What another process than the first does with what it has to write."""
-
-
-def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path | None:
-    """The same for all processes; from here on the folder holds no trained run, and no checkpoint after that one.
-
-    Raises:
-        InputError: it was written by another number of processes, or there are several and none is whole.
-    """
-    found: list[Path | None] = []
-
-    def look() -> None:
-        checkpoint = last_checkpoint(folder, config.steps) if config.resume else None
-        written, now = _n_processes_of(checkpoint), processes.world_size()
-        if checkpoint is not None and written != now:
-            raise InputError(
-                f"--resume: {checkpoint} was written by {written} processes and this is {now}; start as many, since "
-                "each goes on with its own rows and random numbers"
-            )
-        found.append(checkpoint)
-
-    processes.refused_by_main(look)
-    checkpoint = processes.from_main(found[0] if found else None)
-    if processes.is_main():
-        (folder / LAST_FILE).unlink(missing_ok=True)
-        start = -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        for step, path in checkpoints(folder).items():
-            if step > start:  # it is written again, and must not be mixed with what lies there
-                shutil.rmtree(path)
-    return checkpoint
-
-
-def _n_processes_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else len(list(checkpoint.glob(STATE_FILE.format("*"))))
 
 
 def drop_reference_copy(trainer: ProjectedGRPOTrainer) -> None:
@@ -372,7 +326,7 @@ def grpo_config(config: TrainConfig, prompter: Prompter) -> GRPOConfig:
 
 def _on_rollouts(config: TrainConfig, folder: Path, start_step: int) -> Callable[[list[dict]], None]:
     """What is done with each generation's labelled rollouts."""
-    file = _RolloutFile(folder / ROLLOUTS, start_step)
+    file = RolloutFile(folder / ROLLOUTS, start_step)
     if not config.report_to:
         return file
     tables = RolloutTables(config.report_to, folder / "tensorboard")
@@ -413,69 +367,3 @@ class StopOnInterrupt(TrainerCallback):
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
-
-
-class _RolloutFile:
-    """Appends every generation's labelled rollouts; rows after `start_step`, and what a kill has torn, go first."""
-
-    def __init__(self, path: Path, start_step: int) -> None:
-        self.path = path
-        if path.exists():
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step]
-            with replacing(path) as scratch, gzip.open(scratch, "wt") as file:
-                file.writelines(kept)
-
-    def __call__(self, rows: list[dict]) -> None:
-        with gzip.open(self.path, "at") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _rollouts_until(path: Path, step: int) -> Iterator[dict]:
-    """Those of the steps that are done, of a run that is resumed."""
-    if step and path.exists():
-        yield from (row for row in map(json.loads, _whole_lines(path)) if row["step"] <= step)
-
-
-def _whole_lines(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt") as file, suppress(EOFError, gzip.BadGzipFile, zlib.error):
-        yield from (line for line in file if line.endswith("\n"))
-
-
-def _check_folder(config: TrainConfig) -> None:
-    """Refuse a folder that is in use, holds another run, or, for a resume, holds none."""
-    _check_contents(config)
-    refuse_in_use(config.run_dir)
-
-
-def _check_contents(config: TrainConfig) -> None:
-    folder, existing = config.run_dir, config.run_dir / "config.json"
-    if config.resume:
-        if not existing.is_file():
-            raise InputError(f"--resume: {folder} holds no run; start it without --resume")
-        if names := differing(TrainConfig.from_file(existing), config):
-            raise InputError(f"--resume: {existing} has another {names[0]}; resume with --config {existing}")
-    elif folder.exists() and contents(folder) and not config.overwrite:
-        raise InputError(f"{folder} exists; add --overwrite to replace it, --resume to go on, or another --out-root")
-
-
-@contextmanager
-def _run_folder(config: TrainConfig) -> Iterator[Path]:
-    """The run's folder, made or emptied, locked, with its config.json; by the first process."""
-    folder = config.run_dir
-    if not processes.is_main():
-        processes.wait()
-        yield folder
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        _check_contents(config)  # another run may have come and gone while this one was loading
-        if not config.resume:
-            # What a killed run would go on from goes first, and last what says that there is one.
-            first_to_last = sorted(contents(folder), key=lambda e: (e.name != "checkpoints", e.name == "config.json"))
-            for entry in first_to_last:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            with replacing(folder / "config.json") as scratch:
-                scratch.write_text(replace(config, overwrite=False).to_json())
-        note_start(folder, processes.world_size())
-        processes.wait()
-        yield folder

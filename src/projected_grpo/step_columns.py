@@ -5,9 +5,11 @@ Everything about a column stands once, in `COLUMNS`; header, rows and legend are
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+SOURCES = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -202,3 +204,21 @@ def legend(run: RunKind, width: int = 175) -> list[str]:
         text = f"{column.meaning}; here: {expected}"
         lines += textwrap.wrap(text, width, initial_indent=f"{column.header:>9}  ", subsequent_indent=" " * 11)
     return lines
+
+
+def rates_of(rows: Sequence[dict]) -> dict[str, float | None]:
+    """Rewards and rates, each source apart; None for a source without rows."""
+
+    def mean(values: list) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    rates = {"reward": mean([row["reward"] for row in rows])}
+    for source in SOURCES:
+        own = [row for row in rows if row["source"] == source]
+        rates |= {
+            f"reward_{source}": mean([row["reward"] for row in own]),
+            f"hack_{source}": mean([row["label"] == "reward_hack" for row in own]),
+            f"pass_{source}": mean([row["gt_pass"] for row in own]),
+            f"attempt_{source}": mean([row["attempted"] for row in own]),
+        }
+    return rates

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from projected_grpo.config import EvalConfig, TrainConfig, is_a
+from projected_grpo.config import EvalConfig, TrainConfig
+from projected_grpo.config_checks import is_a
 from projected_grpo.errors import InputError
 from projected_grpo.presets import of_arm, preset_defaults
 from projected_grpo.run_state import evaluation_of

@@ -11,14 +11,13 @@ on-policy GRPO, and no metric of ours mixes the two sources. The projection itse
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
@@ -26,7 +25,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from projected_grpo.adapter import DeltaSLinear, delta_s_modules
-from projected_grpo.decoding import grouped_attention_in, use_static_cache
+from projected_grpo.decoding import grouped_attention_in, merged, use_static_cache
 from projected_grpo.deferral import DeferredGrads
 from projected_grpo.encoding import encode_completion, encode_prompt
 from projected_grpo.env.rewards import CodeReward
@@ -38,12 +37,12 @@ from projected_grpo.projection import ProjectionCallback
 from projected_grpo.projector import joint_norm
 from projected_grpo.rollout_grads import rollout_scores
 from projected_grpo.row_grads import RowGradRecorder
+from projected_grpo.step_columns import SOURCES, rates_of
 from projected_grpo.step_meters import MemoryMeter, StepTimer
 from projected_grpo.trackers import numbers
 
 STATE_FILE = "projected_grpo_{}.pt"
 """In a checkpoint, of each process by its rank."""
-SOURCES = ("student", "teacher")
 
 
 class ProjectedGRPOTrainer(GRPOTrainer):
@@ -145,7 +144,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         if students or self.use_vllm:  # a group may lie across processes, one of which then has its teachers alone
             model = self.accelerator.unwrap_model(self.model)
             with (
-                _merged(model, unless=self.use_vllm, offload=self._offload),
+                merged(model, unless=self.use_vllm, offload=self._offload),
                 grouped_attention_in(model) if self._static_cache else nullcontext(),
             ):
                 sampled, sampled_logps = super()._generate_single_turn(
@@ -210,7 +209,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             )
         ]
         rows = gather_object(rows)
-        self._generation["rates"] = _rates(rows)
+        self._generation["rates"] = rates_of(rows)
         if self.accelerator.is_main_process:
             self._on_rollouts(rows)
         self._timing["generation"] += self._generation["time"]
@@ -331,7 +330,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         timing = {**self._timing, "step": self._timer.seconds}
         row = {
             "step": self.state.global_step,
-            **self._generation.pop("rates", _rates([])),  # null where the step reuses a generation
+            **self._generation.pop("rates", rates_of([])),  # null where the step reuses a generation
             "loss": sum(gather_object([self._loss_sum])) / self.accelerator.num_processes,
             "grad_norm": self._grad_norm,
             **self._source_metrics(),
@@ -396,42 +395,3 @@ class _ByEpoch(Sampler):
 
     def __len__(self) -> int:
         return len(self.sampler)
-
-
-def _rates(rows: Sequence[dict]) -> dict[str, float | None]:
-    """Rewards and rates, each source apart; None for a source without rows."""
-
-    def mean(values: list) -> float | None:
-        return sum(values) / len(values) if values else None
-
-    rates = {"reward": mean([row["reward"] for row in rows])}
-    for source in SOURCES:
-        own = [row for row in rows if row["source"] == source]
-        rates |= {
-            f"reward_{source}": mean([row["reward"] for row in own]),
-            f"hack_{source}": mean([row["label"] == "reward_hack" for row in own]),
-            f"pass_{source}": mean([row["gt_pass"] for row in own]),
-            f"attempt_{source}": mean([row["attempted"] for row in own]),
-        }
-    return rates
-
-
-@contextmanager
-def _merged(model, unless: bool, offload: bool) -> Iterator[None]:
-    """Merged weights inside the block, so that `generate` sees plain Linears; nothing with `unless`. `offload`:
-    what no merged weight needs is in a GPU's host memory."""
-    if unless or not isinstance(model, PeftModel):
-        yield
-        return
-    modules = delta_s_modules(model).values() if offload and model.device.type == "cuda" else ()
-    model.merge_adapter()
-    try:
-        for module in modules:
-            module.offload()
-        yield
-    finally:
-        try:
-            for module in modules:
-                module.restore()
-        finally:
-            model.unmerge_adapter()
