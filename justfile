@@ -129,6 +129,11 @@ bases *flags:
     projected-grpo sweep sweeps/bases.toml {{flags}}
     projected-grpo report out/bases/micro --out out/bases/report --against projected --overwrite
 
+# the noise floor left out beside the published one, eight fresh bases, and their report
+floor *flags:
+    projected-grpo sweep sweeps/floor.toml {{flags}}
+    projected-grpo report out/floor/micro --out out/floor/report --against projected --overwrite
+
 # half teacher rows: all of the gradient projected, the student's part alone, or the update; eight bases, and its report
 teacher-rows *flags:
     projected-grpo sweep sweeps/teacher_rows.toml {{flags}}
