@@ -180,6 +180,7 @@ def tries_of(run):
         ("teacher_rows", 40, 8),
         ("changes", 72, 1),
         ("bases", 64, 8),
+        ("floor", 24, 16),
     ],
 )
 def test_the_sweeps_that_come_with_the_project(name, runs, bases):
