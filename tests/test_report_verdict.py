@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from test_report_material import write_run, write_study
 
+from projected_grpo.config import TrainConfig
 from projected_grpo.report import verdict
 from projected_grpo.report.compare import Paired, compare_all, make_study
 from projected_grpo.report.observe import ALL, HELD_OUT, LAST_STEPS, Measure, observe
@@ -216,6 +217,13 @@ def test_controls_of_one_seed_or_without_vanilla_say_so(tmp_path):
     assert "Without vanilla nobody can say" in one.sentence()
     write_run(tmp_path, "vanilla", hack=0.1, **EXACT)
     assert "nothing to be overrun by" in controls_of(tmp_path)["random", "projected"].sentence()
+
+
+def test_what_an_older_version_could_not_say_is_no_difference(tmp_path):
+    names = ("hold_rate", "hold_cap", "update_metric", "project_rows", "pairs_by_seed", "vllm", "static_cache")
+    newer = {name: getattr(TrainConfig(), name) for name in names}
+    write_study(tmp_path, {"vanilla": {"hack": 0.8}, "projected": {"hack": 0.35, **newer}}, seeds=(41, 42), **EXACT)
+    assert [(arm.name, reference.name) for arm, reference in study_of(tmp_path).pairs] == [("projected", "vanilla")]
 
 
 def test_every_arm_is_compared_with_the_vanilla_of_its_own_settings(tmp_path):

@@ -125,6 +125,8 @@ def read_run(folder: Path) -> Run:
         "hold_cap": 0.0,
         "update_metric": "euclidean",
         "project_rows": "all",
+        "vllm": "off",
+        "static_cache": False,
         "modes": [config.pop("mode", "run_tests")],
         **config,
     }
