@@ -177,7 +177,7 @@ def tries_of(run):
         ("knobs", 72, 56),
         ("hold_rate", 22, 1),
         ("adam", 48, 8),
-        ("teacher_rows", 48, 8),
+        ("teacher_rows", 56, 8),
         ("changes", 72, 1),
         ("bases", 64, 8),
         ("floor", 24, 16),
