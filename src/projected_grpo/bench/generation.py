@@ -1,7 +1,7 @@
 """A step's generation with a growing cache and with a static one, whose step is compiled on a GPU (`decoding`)."""
 
-import time
 from contextlib import nullcontext
+from functools import partial
 from statistics import median
 
 import torch
@@ -9,10 +9,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from projected_grpo.adapter import DeltaSConfig, delta_s_modules
-from projected_grpo.bench.timing import Timings, in_turn, machine, synchronise
+from projected_grpo.adapter import DeltaSConfig
+from projected_grpo.bench.timing import Timings, in_turn, machine
 from projected_grpo.config import TrainConfig
-from projected_grpo.decoding import grouped_attention_in, use_static_cache
+from projected_grpo.decoding import grouped_attention_in, merged, use_static_cache
 from projected_grpo.encoding import encode_prompt
 from projected_grpo.models import load_model
 from projected_grpo.prompting import Prompter
@@ -28,19 +28,14 @@ def bench_generation(config: TrainConfig, rounds: int) -> Timings:
     prompter = Prompter(load_model(config.model, config.dtype, config.device), config.max_prompt_length, config.wording)
     batch = _first_batch(config, prompter)
     model = get_peft_model(prompter.loaded.model, DeltaSConfig()).eval()
-    model.merge_adapter()
-    for module in delta_s_modules(model).values() if config.offload and model.device.type == "cuda" else ():
-        module.offload()
     shape = {"rows": len(batch["input_ids"]), "tokens": config.max_completion_length}
 
-    def run(static: bool) -> float:
-        started = time.perf_counter()
-        generate(model, batch, config, static)
-        synchronise(model.device)
-        return time.perf_counter() - started
-
-    first = run(static=True)
-    seconds = in_turn({GROWING: lambda: run(False), STATIC: lambda: run(True)}, rounds, model.device)
+    cases = {
+        case: partial(generate, model, batch, config, static) for case, static in ((GROWING, False), (STATIC, True))
+    }
+    with merged(model, unless=False, offload=config.offload):
+        (first,) = in_turn({STATIC: cases[STATIC]}, 1, model.device, warm_up=0)[STATIC]
+        seconds = in_turn(cases, rounds, model.device)
     each = {case: f"{1e3 * median(times) / shape['tokens']:.1f}" for case, times in seconds.items()}
     notes = (
         f"milliseconds a token of all rows, prompts included: {GROWING} {each[GROWING]}, {STATIC} {each[STATIC]}",
