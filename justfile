@@ -92,9 +92,9 @@ replicate *flags:
     projected-grpo sweep sweeps/replicate.toml {{flags}}
     projected-grpo report out/replicate/micro --out out/replicate/report --overwrite
 
-# preset `smol`, four arms x three seeds, one run after the other (half a day of one machine), and its report
+# preset `smol`, four arms x three seeds (over an hour on two cores), and its report
 replicate-smol *flags:
-    projected-grpo sweep sweeps/replicate_smol.toml --jobs 1 {{flags}}
+    projected-grpo sweep sweeps/replicate_smol.toml {{flags}}
     projected-grpo report out/replicate-smol/smol --out out/replicate-smol/report --overwrite
 
 # what a basis stops that was made without the pairs of one style, or of one loophole mode; two reports
@@ -129,7 +129,7 @@ bases *flags:
     projected-grpo sweep sweeps/bases.toml {{flags}}
     projected-grpo report out/bases/micro --out out/bases/report --against projected --overwrite
 
-# the noise floor left out beside the published one, eight fresh bases, and their report
+# the noise floor left out beside the published one, random directions, both signs; eight fresh bases, and the report
 floor *flags:
     projected-grpo sweep sweeps/floor.toml {{flags}}
     projected-grpo report out/floor/micro --out out/floor/report --against projected --overwrite
@@ -139,14 +139,18 @@ teacher-rows *flags:
     projected-grpo sweep sweeps/teacher_rows.toml {{flags}}
     projected-grpo report out/teacher-rows/micro --out out/teacher-rows/report --against projected --overwrite
 
-# Adam's first decay, vanilla and both targets, eight bases, and its report
+# Adam's first decay, both targets, beside the runs of `just floor` on the same eight bases, and the report of both
 adam *flags:
     projected-grpo sweep sweeps/adam.toml {{flags}}
-    projected-grpo report out/adam/micro --out out/adam/report --overwrite
+    projected-grpo report out/adam/micro out/floor/micro --out out/adam/report --overwrite
 
-# finished runs of `just replicate` with δ moved along the real basis, and along a random one
-steer seeds="101 102 103":
-    runs=(); for arm in vanilla projected projected-update random oracle; do       for seed in {{seeds}}; do runs+=(out/replicate/micro/${arm}_s$seed); done; done;     for kind in vanilla random; do projected-grpo steer "${runs[@]}" --overwrite       --basis out/replicate/micro/${kind}_s101/basis.safetensors --out out/replicate/steer-$kind.json; done
+# finished runs of `just floor` with δ moved along their base's real basis, and along its random one
+steer:
+    for kind in projected random; do \
+      OMP_NUM_THREADS=1 projected-grpo steer out/floor/micro/{vanilla,projected}_s* --at 0 0.2 0.5 1 --samples 2 \
+        --basis "out/floor/micro/${kind}_s{seed}/basis.safetensors" --out out/floor/steer-$kind.json --overwrite & \
+    done; \
+    for job in $(jobs -p); do wait $job; done
 
 # exploratory: δ held above a floor along the basis, at several rates, two seeds, and its report
 hold-rate *flags:
@@ -155,7 +159,7 @@ hold-rate *flags:
 
 # SmolLM2-135M with half teacher rows, vanilla, projected with pairs in the teacher's words and in others, random; its report
 smol *flags:
-    projected-grpo sweep sweeps/smol.toml --jobs 1 {{flags}}
+    projected-grpo sweep sweeps/smol.toml {{flags}}
     projected-grpo report out/smol/smol --out out/smol/report --overwrite
 
 _pool problems:

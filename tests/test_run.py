@@ -340,7 +340,9 @@ def test_steered_runs_begin_with_the_run_as_eval_has_it(finished, tmp_path, monk
     usual = evaluation_of(config, config.run_dir, short)
     evaluated = evaluate(usual)
     monkeypatch.setattr("projected_grpo.steer.evaluation_of", lambda run, folder, changes: replace(usual, **changes))
-    out, basis = tmp_path / "steer.json", config.run_dir / "basis.safetensors"
+    basis = config.run_dir.with_name("projected_s{seed}") / "basis.safetensors"
+    assert not basis.exists()
+    out = tmp_path / "steer.json"
     table = steer([config.run_dir], basis, [0.5], samples=2, out=out, overwrite=False)
     rows = json.loads(out.read_text())["rows"]
     assert [(row["arm"], row["set_to"]) for row in rows] == [

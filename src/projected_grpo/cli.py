@@ -88,7 +88,7 @@ class SteerOptions:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of finished runs."""
     basis: Path
-    """Along which δ is moved: a real basis of the runs' model, or a control of one."""
+    """Along which δ is moved: a real basis of the runs' model, or a control of one; `{seed}` is the run's seed."""
     at: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
     """Values that V δ is set to, along every axis; each run is evaluated as it is, too."""
     samples: int = 4

@@ -38,15 +38,18 @@ BASE = "base"
 def steer(runs: Sequence[Path], basis_file: Path, at: Sequence[float], samples: int, out: Path, overwrite: bool) -> str:
     """Evaluate every run as it is and at each V δ of `at`; write `out` and a plot beside it, and return the table.
 
+    basis_file: `{seed}` in it stands for the run's seed, as in a sweep's model.
+
     Each run is evaluated on its own held-out problems and modes with the seed of its evaluation, so that all values of
-    V δ meet the same problems under the same names. The untrained base is evaluated once for each model.
+    V δ meet the same problems under the same names. The untrained base is evaluated once for each model and basis.
 
     Raises:
         InputError: no finished run, a basis of another model, or an `out` that is there.
     """
     check_out(out, overwrite)
-    basis = HackBasis.load(basis_file)
     configs = [TrainConfig.from_file(folder / "config.json") for folder in runs]
+    files = {config.seed: Path(str(basis_file).replace("{seed}", str(config.seed))) for config in configs}
+    bases = {seed: HackBasis.load(file) for seed, file in files.items()}
     evaluations = [
         replace(evaluation_of(config, folder, {"samples": samples}), out=out, grader_workers=config.grader_workers or 1)
         for config, folder in zip(configs, runs, strict=True)
@@ -55,15 +58,18 @@ def steer(runs: Sequence[Path], basis_file: Path, at: Sequence[float], samples: 
         check_adapter(evaluation.adapter)
     rows: list[dict[str, Any]] = []
     with saving_faults(out.with_suffix(".fault.txt")):
-        for base in {evaluation.model: evaluation for evaluation in evaluations}.values():
-            rows += _steered(replace(base, adapter=None), basis, at, {"arm": BASE, "seed": None})
+        untrained = {(config.model, str(files[config.seed])): i for i, config in enumerate(configs)}
+        for i in untrained.values():
+            base, seed = replace(evaluations[i], adapter=None), configs[i].seed
+            rows += _steered(base, bases[seed], at, {"arm": BASE, "seed": seed})
         for config, evaluation in zip(configs, evaluations, strict=True):
-            rows += _steered(evaluation, basis, at, {"arm": config.name, "seed": config.seed})
-    result = {"basis": str(basis_file), "kind": basis.info.kind, "samples": samples, "rows": rows}
+            rows += _steered(evaluation, bases[config.seed], at, {"arm": config.name, "seed": config.seed})
+    kinds = ", ".join(sorted({basis.info.kind for basis in bases.values()}))
+    result = {"basis": str(basis_file), "kind": kinds, "samples": samples, "rows": rows}
     with replacing(out) as scratch:
         scratch.write_text(json.dumps(result, indent=1) + "\n")
     with replacing(out.with_suffix(".png")) as scratch:
-        scratch.write_bytes(draw(rows, basis.info.kind))
+        scratch.write_bytes(draw(rows, kinds))
     return format_table(rows)
 
 
