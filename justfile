@@ -90,7 +90,7 @@ replicate-quick *flags:
 # the whole matrix of the microcosm, eight arms x ten seeds, and its report
 replicate *flags:
     projected-grpo sweep sweeps/replicate.toml {{flags}}
-    projected-grpo report out/replicate/micro --out out/replicate/report --overwrite
+    projected-grpo report out/replicate/micro --out out/replicate/report --against projected --overwrite
 
 # preset `smol`, four arms x three seeds (over an hour on two cores), and its report
 replicate-smol *flags:

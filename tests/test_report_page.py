@@ -50,12 +50,12 @@ def test_one_report_holds_everything_and_needs_nothing_else(tmp_path, capsys):
         assert part.replace("'", "&#39;").replace("| ", "<td>") in page
     assert not re.search(r"https?://|src=\"(?!data:)|<script|<link|url\(", page)
     drawn = {plot for plot, where in numbers["plots"].items() if where.startswith("plots/")}
-    assert drawn == {"forest", "curves", "scatter", "gradients", "detector", "drift", "spectrum"}
+    assert drawn == {"forest", "by_seed", "curves", "scatter", "gradients", "detector", "drift", "spectrum"}
     for plot in drawn:
         assert 2_000 < (out / "plots" / f"{plot}.png").stat().st_size < 200_000
         assert (out / "plots" / f"{plot}.svg").read_text().startswith("<?xml")
         assert f"plots/{plot}.png" in text
-    assert page.count("data:image/svg+xml;base64,") == 7
+    assert page.count("data:image/svg+xml;base64,") == 8
     assert "unfinished: step 3 of 8" in page
     assert "left out" in page
     assert len(numbers["runs"]) == 16
@@ -238,7 +238,7 @@ def test_a_plot_without_data_says_why(tmp_path, monkeypatch):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_report([root], root / "report", False, "projected-grpo report")
     page = (root / "report" / "report.html").read_text()
-    assert page.count("Not drawn: ") == 9
+    assert page.count("Not drawn: ") == 10
     assert list((root / "report" / "plots").iterdir()) == []
 
 

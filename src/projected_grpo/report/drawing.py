@@ -81,20 +81,24 @@ def look_of(study: Study, arm: Arm) -> dict:
 
 def look_at(i: int) -> dict:
     """Of the i-th arm."""
-    shifted = (i + i // len(PALETTE)) % len(PALETTE)  # a ninth arm has the first one's colour, and another line
-    return {"color": PALETTE[i % len(PALETTE)], "linestyle": LINES[shifted], "marker": MARKERS[shifted]}
+    shifted = (i + i // len(PALETTE)) % len(PALETTE)
+    # A ninth arm begins again with another line and marker, and not with black, which is the first one's alone.
+    colour = PALETTE[i] if i < len(PALETTE) else PALETTE[1 + (i - len(PALETTE)) % (len(PALETTE) - 1)]
+    return {"color": colour, "linestyle": LINES[shifted], "marker": MARKERS[shifted]}
 
 
-def series(arm: Arm, key: str, smooth: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def series(
+    arm: Arm, key: str, smooth: bool = False, at_least: float = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(steps, mean over seeds, low, high); the interval is nan with fewer than three seeds, where t knows next to
-    nothing and a band covers the plot. Steps without a value are left out."""
+    nothing and a band covers the plot. Steps at which fewer than `at_least` seeds have a value are left out."""
     by_step: dict[int, list[float]] = {}
     for run in runs_of(arm):
         rows = [(row["step"], row[key]) for row in run.metrics if row.get(key) is not None]
         values = smoothed([value for _, value in rows]) if smooth else [value for _, value in rows]
         for (step, _), value in zip(rows, values, strict=True):
             by_step.setdefault(step, []).append(value)
-    steps = sorted(by_step)
+    steps = sorted(step for step, values in by_step.items() if len(values) >= at_least)
     wanted = (by_step[step] if len(by_step[step]) >= 3 else [] for step in steps)
     intervals = [t_interval(values) or (np.nan, np.nan) for values in wanted]
     low, high = np.array(intervals).reshape(-1, 2).T
@@ -108,7 +112,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 def label_steps(axes: Axes, smooth: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    axes.set_xlabel("optimiser step" + (f" (mean of the last {WINDOW} steps)" if smooth else ""))
+    axes.set_xlabel("optimiser step" + (f" (smoothed over {WINDOW})" if smooth else ""))
 
 
 def banded_arms(arms: Sequence[Arm]) -> tuple[set[str], str]:

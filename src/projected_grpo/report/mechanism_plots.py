@@ -155,7 +155,7 @@ def detector(study: Study) -> Plot:
     banded, said = banded_arms(arms)
     for axes, (key, name) in zip(grid[0], keys.items(), strict=True):
         for arm in arms:
-            steps, mean, low, high = series(arm, key)
+            steps, mean, low, high = series(arm, key, at_least=len(arm.runs) / 2)
             look = look_of(study, arm)
             axes.plot(steps, mean, **look, markersize=4.5, lw=1.3, label=f"{arm.name} (n={len(arm.runs)})")
             if arm.kind in banded:
@@ -170,6 +170,6 @@ def detector(study: Study) -> Plot:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(arms)), handlelength=3.2)
     caption = (
         "AUROC as a detector of hacks among the student's rollouts; 0.5 (dotted) is chance. Mean over the seeds that "
-        f"have both classes at that step, with its 95 % t interval{said}."
+        f"have both classes at that step, where that is half of them or more, with its 95 % t interval{said}."
     )
     return finish(figure, "detector", title, caption)

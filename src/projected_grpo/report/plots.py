@@ -37,6 +37,7 @@ def draw_all(study: Study, comparisons: Comparisons, moved: Mapping[str, Displac
     with matplotlib.rc_context(STYLE):
         return [
             forest(study, comparisons),
+            by_seed(study),
             curves(study),
             scatter(study),
             gradients(study),
@@ -54,6 +55,32 @@ def save(plots: Sequence[Plot], folder: Path) -> None:
         if plot.why_not is None:
             (folder / f"{plot.key}.png").write_bytes(plot.png)
             (folder / f"{plot.key}.svg").write_bytes(plot.svg)
+
+
+def by_seed(study: Study) -> Plot:
+    title = "Every seed by itself"
+    arms = [arm for arm in study.arms.values() if arm.values(study.main("hack"))]
+    if not arms:
+        return Plot("by_seed", title, "", why_not="no run that is compared has a hack rate")
+    figure, grid = figure_of(1, 2, 1.0 + 0.42 * len(arms), sharey=True)
+    rows = {arm.name: len(arms) - 1 - i for i, arm in enumerate(arms)}
+    for axes, rate in zip(grid[0], ("hack", "pass"), strict=True):
+        found = {arm.name: arm.values(study.main(rate)) for arm in arms}
+        for seed in sorted({seed for values in found.values() for seed in values}):
+            at = [(values[seed], rows[name]) for name, values in found.items() if seed in values]
+            axes.plot([x for x, _ in at], [y for _, y in at], color="#bbb", lw=0.8, zorder=1)
+        for arm in arms:
+            values, y, look = list(found[arm.name].values()), rows[arm.name], look_of(study, arm)
+            look = {key: look[key] for key in ("color", "marker")}
+            axes.plot(values, [y] * len(values), linestyle="none", ms=6, alpha=0.75, markeredgecolor="white", **look)
+            axes.plot(np.mean(values), y, "|", color=look["color"], ms=19, markeredgewidth=2.5)
+        axes.set_xlim(-0.02, 1.02 if rate == "hack" else min(1.02, 0.1 + max(max(v.values()) for v in found.values())))
+        axes.set_xlabel(str(study.main(rate)))
+        axes.grid(axis="y", visible=False)
+    grid[0][0].set_yticks(list(rows.values()), [f"{arm.name} (n={len(arm.runs)})" for arm in arms])
+    grid[0][0].set_ylim(-0.6, len(arms) - 0.4)
+    caption = "One point a run, after training; a grey line joins the runs of one seed, the bar is the mean of an arm."
+    return finish(figure, "by_seed", title, caption)
 
 
 def curves(study: Study) -> Plot:
