@@ -129,7 +129,7 @@ bases *flags:
     projected-grpo sweep sweeps/bases.toml {{flags}}
     projected-grpo report out/bases/micro --out out/bases/report --against projected --overwrite
 
-# the noise floor left out beside the published one, random directions, both signs; eight fresh bases, and the report
+# the noise floor left out, random directions, δ closed off along the basis and moved along it; eight fresh bases, and the report
 floor *flags:
     projected-grpo sweep sweeps/floor.toml {{flags}}
     projected-grpo report out/floor/micro --out out/floor/report --against projected --overwrite
