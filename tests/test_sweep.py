@@ -72,12 +72,15 @@ def finish(config, evaluation):
     )
 
 
+WANTED = ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
+
+
 def tries(task):
     """How often this run was begun, this time included."""
     path = task.log.with_suffix(".tries")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(f"{os.getpid()} {time.monotonic()} {os.environ.get('OMP_NUM_THREADS')}\n")
+        file.write(f"{os.getpid()} {time.monotonic()} {' '.join(str(os.environ.get(name)) for name in WANTED)}\n")
     return len(path.read_text().splitlines())
 
 
@@ -134,7 +137,7 @@ def stubborn(task):
 
 def slow(task):
     tries(task)
-    time.sleep(0.4)
+    time.sleep(1.0)
     finish(task.config, task.evaluation)
     tries(task)
 
@@ -176,11 +179,11 @@ def tries_of(run):
         ("leave_one_mode_out", 16, 7),
         ("knobs", 72, 56),
         ("hold_rate", 22, 1),
-        ("adam", 48, 8),
+        ("adam", 32, 8),
         ("teacher_rows", 56, 8),
         ("changes", 72, 1),
         ("bases", 64, 8),
-        ("floor", 24, 16),
+        ("floor", 56, 24),
     ],
 )
 def test_the_sweeps_that_come_with_the_project(name, runs, bases):
@@ -425,14 +428,20 @@ def test_every_run_has_a_process_and_a_log_of_its_own_and_a_second_sweep_skips_t
     assert err.count(" skipped ") == 4
 
 
-def test_no_more_runs_at_once_than_asked_for(tmp_path, monkeypatch):
+def test_no_more_runs_at_once_than_asked_for_and_the_environment_is_theirs_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
     plan = plan_of(tmp_path)
     go(plan, slow, jobs=2)
-    spans = [[float(time) for _, time, _ in tries_of(run)] for run in plan.runs]
+    tried = [tries_of(run) for run in plan.runs]
+    spans = [[float(time) for _, time, *_ in run] for run in tried]
     at_once = [sum(start <= begin < end for start, end in spans) for begin, _ in spans]
     assert max(at_once) == 2
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {tuple(found) for run in tried for _, _, *found in run} == {(str(share), "7")}  # what the user has set stays
     assert "OMP_NUM_THREADS" not in os.environ
+    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "7"
+    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ
 
 
 def test_a_killed_run_is_tried_again_and_the_others_do_not_notice(tmp_path, capfd):

@@ -26,9 +26,9 @@ from projected_grpo.sweep_workers import (
     Interrupts,
     Launcher,
     LocalLauncher,
+    environment_of,
     process_context,
     run_all,
-    threads_set,
     warm_up,
 )
 
@@ -75,7 +75,7 @@ def sweep(
         to_train = tuple(task.config for task in to_do if states[task.name] != "evaluate")
         log = plan.folder / "logs" / "preparation.log"
         shared = PrepareTask(tuple(task.config for task in to_do), to_train, log, _threads(cores))
-        with interrupts.listening(), threads_set(share), SweepWatch(tasks, states, interrupts) as watch:
+        with interrupts.listening(), environment_of(share), SweepWatch(tasks, states, interrupts) as watch:
             launch: Callable[[Callable], Launcher]
             if slurm is None:
                 context = process_context(on_cpu, preload)
