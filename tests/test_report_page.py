@@ -250,6 +250,12 @@ def test_labels_are_moved_apart_and_stay_where_they_can():
     assert placed[3] == 0.9
 
 
+def test_no_two_arms_look_alike_and_black_is_the_first_one():
+    looks = [drawing.look_at(i) for i in range(16)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 16
+    assert [i for i, look in enumerate(looks) if look["color"] == drawing.PALETTE[0]] == [0]
+
+
 def test_the_report_loads_neither_torch_nor_transformers():
     code = (
         "import sys\nimport projected_grpo.report.build\n"

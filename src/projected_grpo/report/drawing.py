@@ -82,8 +82,8 @@ def look_of(study: Study, arm: Arm) -> dict:
 def look_at(i: int) -> dict:
     """Of the i-th arm."""
     shifted = (i + i // len(PALETTE)) % len(PALETTE)
-    # A ninth arm begins again with another line and marker, and not with black, which is the first one's alone.
-    colour = PALETTE[i] if i < len(PALETTE) else PALETTE[1 + (i - len(PALETTE)) % (len(PALETTE) - 1)]
+    # From the ninth on other pairs of colour and marker, and none in black, which is the first one's alone.
+    colour = PALETTE[i] if i < len(PALETTE) else PALETTE[1 + i % (len(PALETTE) - 1)]
     return {"color": colour, "linestyle": LINES[shifted], "marker": MARKERS[shifted]}
 
 
