@@ -49,7 +49,7 @@ def steer(runs: Sequence[Path], basis_file: Path, at: Sequence[float], samples: 
     check_out(out, overwrite)
     configs = [TrainConfig.from_file(folder / "config.json") for folder in runs]
     files = {config.seed: Path(str(basis_file).replace("{seed}", str(config.seed))) for config in configs}
-    bases = {seed: HackBasis.load(file) for seed, file in files.items()}
+    bases = {file: HackBasis.load(file) for file in set(files.values())}
     evaluations = [
         replace(evaluation_of(config, folder, {"samples": samples}), out=out, grader_workers=config.grader_workers or 1)
         for config, folder in zip(configs, runs, strict=True)
@@ -58,12 +58,12 @@ def steer(runs: Sequence[Path], basis_file: Path, at: Sequence[float], samples: 
         check_adapter(evaluation.adapter)
     rows: list[dict[str, Any]] = []
     with saving_faults(out.with_suffix(".fault.txt")):
-        untrained = {(config.model, str(files[config.seed])): i for i, config in enumerate(configs)}
-        for i in untrained.values():
-            base, seed = replace(evaluations[i], adapter=None), configs[i].seed
-            rows += _steered(base, bases[seed], at, {"arm": BASE, "seed": seed})
+        untrained = {(config.model, files[config.seed]): i for i, config in enumerate(configs)}
+        for (_, file), i in untrained.items():
+            base = replace(evaluations[i], adapter=None)
+            rows += _steered(base, bases[file], at, {"arm": BASE, "seed": configs[i].seed})
         for config, evaluation in zip(configs, evaluations, strict=True):
-            rows += _steered(evaluation, bases[config.seed], at, {"arm": config.name, "seed": config.seed})
+            rows += _steered(evaluation, bases[files[config.seed]], at, {"arm": config.name, "seed": config.seed})
     kinds = ", ".join(sorted({basis.info.kind for basis in bases.values()}))
     result = {"basis": str(basis_file), "kind": kinds, "samples": samples, "rows": rows}
     with replacing(out) as scratch:
